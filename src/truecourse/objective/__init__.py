@@ -1,1 +1,1 @@
-
+"""J and its estimators as pure functions of tensors, with nothing but torch: `kl`, `advantages`, `surrogate`."""
