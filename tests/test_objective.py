@@ -232,8 +232,8 @@ def test_dead_groups_are_told_high_from_low():
     assert high.tolist() == [True, False, False, False, False] and low.tolist() == [False, True, False, False, True]
     high, low = dead_groups(rewards, high=0.05)
     assert high.tolist() == [True, False, False, False, True] and low.tolist() == [False, True, False, False, False]
-    point = torch.full((1, 3), 0.7)  # a little below 0.7 in float32
-    assert dead_groups(point, high=0.7)[0].item()
+    rounded = torch.full((1, 3), 0.7)  # a little below 0.7 in float32
+    assert dead_groups(rounded, high=0.7)[0].item()
     for value, is_high in ((1.0, True), (0.0, False), (-1.0, False)):
         high, low = dead_groups(torch.full((2, 3), value))
         assert high.tolist() == [is_high] * 2 and low.tolist() == [not is_high] * 2
@@ -354,10 +354,10 @@ def test_segments():
 
 def test_token_weights_say_whose_mean_it_is():
     lengths, valid = [2, 1, 3], [True, False, True]
-    point, sixth = 1 / 3, 1 / 6
+    third, sixth = 1 / 3, 1 / 6
     for how, expected in (
         ("token", [sixth] * 6),
-        ("sequence", [sixth, sixth, point, 1 / 9, 1 / 9, 1 / 9]),
+        ("sequence", [sixth, sixth, third, 1 / 9, 1 / 9, 1 / 9]),
         ("constant", [1 / 30] * 6),
     ):
         close(token_weights(lengths, how, max_tokens=10), torch.tensor(expected))
