@@ -97,7 +97,7 @@ class Packed:
         lengths = torch.tensor([len(s) for s in sequences])
         starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])[:-1]
         n_prompts = len(batch.prompts)
-        owner = torch.tensor(batch.owner)
+        owner = torch.tensor(batch.owner, dtype=torch.long)
         offset = torch.cat([torch.zeros(n_prompts, dtype=torch.long), lengths[:n_prompts][owner]])
         within = torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
         positions = within + offset.repeat_interleave(lengths)

@@ -1,1 +1,1 @@
-
+"""Sampling: who sampled what, with which weights."""
