@@ -110,6 +110,12 @@ class Stage:
     held_out: str | int | float = 0.1
     """Rows the gold is measured on: a source like `data`, a share (0–1), or a count taken from `data`. Rows with the
     same prompt always fall on the same side."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns to rename, new name first: `{ prompt = "question" }`."""
+    chat: bool = False
+    """Wrap plain-text prompts as a user's chat message."""
+    system: str = ""
+    """System message put before chat prompts that have none."""
     steps: int = 100
     """Optimiser steps."""
     lr: float = 1e-6
@@ -132,9 +138,9 @@ class Stage:
     """Steps between gold measurements (also at step 0 and at the end)."""
     gold_prompts: int = 256
     """Most held-out prompts that one gold measurement uses; always the same ones."""
-    gold_sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.0))
-    """How gold completions are drawn: greedy by default, so that two measurements of one model agree. Its max_tokens
-    follows the training sampling's unless set."""
+    gold_sampling: Sampling | None = None
+    """How gold completions are drawn; by default greedy, so that two measurements of one model agree, with the
+    training sampling's max_tokens and stop strings."""
     stop_at: float = 0.0
     """End the stage early once the first gold measure reaches this value; 0 is off."""
 
@@ -148,7 +154,9 @@ class Stage:
             raise UserError(f"{where}: warmup = {self.warmup} is a share of the steps, between 0 and 1")
         if isinstance(self.held_out, int | float) and self.held_out < 0:
             raise UserError(f"{where}: held_out = {self.held_out} is negative; give a share, a count or a file")
-        self.gold_sampling.check()
+        if self.gold_sampling:
+            self.gold_sampling.check()
+        _unique([p.label for p in self.gold], f"{where}: gold")
         for part in self.gold:
             part.check()
 

@@ -1,0 +1,347 @@
+"""GRPO: climb J with the group's own statistics as the baseline.
+
+    J(π) = E_{x, y~π}[ r(x, y) ] − β · KL(π ‖ π_ref)
+
+The policy gradient of J is E[ A · ∇log π(y|x) ] for any advantage A = r − b(x). GRPO (Shao et al. 2024, DeepSeekMath,
+eq. 3) samples G completions of each prompt and takes b and the scale of A from the group itself: no value model.
+Each rollout is spent in one or more updates of PPO's clipped surrogate; the KL term acts as a loss or inside r.
+
+Departures from the paper, each a setting (the papers' forms are `kl_loss = "k3"`, `aggregate = "sequence"`):
+  - the KL loss is k2, whose gradient is the exact on-policy gradient of KL(π ‖ π_ref); k3's is the forward KL's;
+  - the loss is the mean over the tokens of the whole batch (DAPO, §3.3), not over sequences of their own means;
+  - the first update after a rollout takes its own log-probs as the old ones: the ratio is 1 by construction;
+  - a completion whose reward failed leaves its group and the loss; it is never scored as 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from truecourse.data.order import take
+from truecourse.data.sequences import Batch, Completion, Prompt
+from truecourse.model.policy import Policy
+from truecourse.objective.advantages import dead_groups, group_advantages
+from truecourse.objective.kl import kl_values
+from truecourse.objective.surrogate import (
+    effective_sample_size,
+    overlong_penalty,
+    segment_sum,
+    spread,
+    surrogate,
+    token_weights,
+    truncated_importance_weights,
+)
+from truecourse.recipe import Grpo
+from truecourse.rewards import Reward, Scores, check_failures
+from truecourse.rollout.engine import Engine
+from truecourse.run.loop import StepResult
+from truecourse.run.samples import real, sample_rows
+
+ROLES = ("policy", "reference", "reward")
+"""Models held in memory while it trains."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt, its completions that have a reward, and their advantages."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    advantages: list[float]
+
+
+class GRPO:
+    """One `step` is one optimiser update; a rollout is collected whenever the last one is spent."""
+
+    def __init__(
+        self, config: Grpo, policy: Policy, engine: Engine, reward: Reward, prompts: list[Prompt], seed: int
+    ) -> None:
+        self.config = config
+        self.policy, self.engine, self.reward, self.prompts, self.seed = policy, engine, reward, prompts, seed
+        self.cursor = 0  # prompts drawn so far
+        self.shares: list[list[Group]] = []  # what is left of the rollout, one list of groups for each update
+
+    # -- an update
+
+    def step(self, step: int, lr: float, phase: Callable[[str], None]) -> StepResult:
+        config, policy = self.config, self.policy
+        result = StepResult({})
+        if not self.shares:
+            self._collect(step, phase, result)
+        groups, started = self.shares.pop(0), time.perf_counter()
+
+        batch, advantages_N, sampler_logp_T, version = _batch(groups)
+        beta = float(config.beta or 0.0)
+        beta_loss = beta if config.kl_in == "loss" else 0.0
+        temperature = config.sampling.temperature
+        lengths_N = torch.tensor(batch.lengths_N)
+        weight_T = token_weights(lengths_N, config.aggregate, config.sampling.max_tokens).to(policy.device)
+        advantages_T = spread(advantages_N, lengths_N).to(policy.device)
+        sampler_logp_T = sampler_logp_T.to(policy.device)
+        fresh = version == policy.version
+        measure_kl = bool(beta) or step % config.kl_every == 0
+        ref_logp_T = policy.reference(batch, temperature) if measure_kl else None
+
+        logps, entropies, clipped, loss = [], [], [], 0.0
+        parts = policy.micro_batches(batch)
+        for i, part in enumerate(parts):
+            phase(f"training, micro-batch {i + 1} of {len(parts)}")
+            at = part.tokens
+            logp_T, entropy_T = policy.logprobs(part.batch, temperature)
+            old_T = logp_T.detach() if fresh else sampler_logp_T[at]
+            loss_T, clipped_T = surrogate(
+                logp_T, old_T, advantages_T[at], lengths_N[part.rows],
+                loss=config.loss, level=config.ratio, clip_low=config.clip_low, clip_high=config.clip_high,
+            )  # fmt: skip
+            if not self.engine.exact:
+                loss_T = loss_T * truncated_importance_weights(old_T, sampler_logp_T[at], config.is_cap)
+            if beta_loss:
+                loss_T = loss_T + beta_loss * kl_values(logp_T, ref_logp_T[at], config.kl_loss)  # type: ignore[index]
+            if config.entropy_bonus:
+                loss_T = loss_T - config.entropy_bonus * entropy_T
+            part_loss = (loss_T * weight_T[at]).sum()
+            policy.backward(part_loss)
+            loss += float(part_loss.detach())
+            logps.append(logp_T.detach())
+            entropies.append(entropy_T.detach())
+            clipped.append(clipped_T)
+        grad_norm = policy.step(lr)
+        self.engine.update(policy.weights(), policy.version)
+        if config.reference_every and step % config.reference_every == 0:
+            policy.move_reference(config.reference_mix)
+
+        logp_T = torch.cat(logps)
+        result.record |= {
+            "loss": loss,
+            "entropy": float(torch.cat(entropies).mean()),
+            "clip/fraction": float(torch.cat(clipped).float().mean()),
+            "grad_norm": grad_norm,
+            "time/train": time.perf_counter() - started,
+        }
+        if ref_logp_T is not None:
+            for kind, name in (("k3", "kl/ref"), ("k1", "kl/ref_k1")):
+                per_sequence_N = segment_sum(kl_values(logp_T, ref_logp_T, kind), lengths_N)
+                result.record[name] = float(per_sequence_N.mean())
+        gap_T = kl_values(sampler_logp_T, logp_T, "k3")  # samples came from the sampler
+        if fresh:
+            result.record["kl/sampler"] = float(gap_T.mean())
+            result.record["ess"] = effective_sample_size(logp_T - sampler_logp_T)
+        else:
+            result.record["kl/update"] = float(segment_sum(gap_T, lengths_N).mean())
+        return result
+
+    # -- a rollout
+
+    def _collect(self, step: int, phase: Callable[[str], None], result: StepResult) -> None:
+        """Sample, score, and turn rewards into advantages; with dynamic sampling, until enough groups are alive."""
+        config = self.config
+        kept: list[Group] = []
+        rounds: list[_Round] = []
+        times = {"rollout": 0.0, "reward": 0.0}
+        while True:
+            indices = take(self.cursor, config.prompts_per_step, len(self.prompts), self.seed)
+            self.cursor += config.prompts_per_step
+            prompts = [self.prompts[i] for i in indices]
+            phase("sampling")
+            at = time.perf_counter()
+            # the same prompt may come up twice in one step when rounds cross an epoch: the round keeps streams apart
+            seed = (self.seed, step, len(rounds))
+            completions = self.engine.generate(prompts, config.group_size, config.sampling, seed)
+            times["rollout"] += time.perf_counter() - at
+            phase("scoring")
+            at = time.perf_counter()
+            scores = self.reward.score(prompts, completions)
+            times["reward"] += time.perf_counter() - at
+            check_failures(scores, config.max_reward_failures)
+            this = self._advantages(prompts, completions, scores)
+            rounds.append(this)
+            kept += this.groups(config.mask_truncated, only_alive=bool(config.dynamic_sampling))
+            enough = len(kept) >= config.prompts_per_step
+            if enough or not config.dynamic_sampling or len(rounds) > config.max_resamples:
+                break
+        kept = kept[: config.prompts_per_step] or rounds[0].groups(config.mask_truncated, only_alive=False)
+        self.shares = [kept[i :: config.updates_per_rollout] for i in range(config.updates_per_rollout)]
+        self.shares = [share for share in self.shares if share] * config.epochs
+        result.record |= _rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
+        if config.dynamic_sampling:
+            result.record["groups/resampled"] = len(rounds) - 1
+        if config.overlong_tokens:
+            result.record["reward/overlong_penalty"] = _mean([v for r in rounds for v in _flat(r.penalties_PG)])
+        result.rollouts = [row for r in rounds for row in r.rows()]
+
+    def _advantages(self, prompts: list[Prompt], completions: list[list[Completion]], scores: Scores) -> _Round:
+        config = self.config
+        rewards_PG = torch.tensor(scores.values_PG, dtype=torch.float64)
+        lengths_PG = torch.tensor([[len(c.tokens) for c in group] for group in completions])
+        penalties_PG = torch.zeros_like(rewards_PG)
+        if config.overlong_tokens:
+            penalties_PG = overlong_penalty(lengths_PG, config.sampling.max_tokens, config.overlong_tokens).double()
+        shaped_PG = rewards_PG + penalties_PG
+        if config.beta and config.kl_in == "reward":
+            batch = Batch([p.tokens for p in prompts], [c.tokens for g in completions for c in g], _owners(completions))
+            temperature = config.sampling.temperature
+            now_T, ref_T = self.policy.score(batch, temperature), self.policy.reference(batch, temperature)
+            kl_N = segment_sum(kl_values(now_T, ref_T, "k1"), lengths_PG.reshape(-1))
+            shaped_PG = shaped_PG - config.beta * kl_N.reshape(shaped_PG.shape).to(shaped_PG)
+        valid_PG = rewards_PG.isfinite()
+        advantages_PG = group_advantages(shaped_PG, baseline=config.baseline, scale=config.scale, valid_PG=valid_PG)
+        high_P, low_P = dead_groups(rewards_PG, valid_PG)
+        return _Round(prompts, completions, scores, advantages_PG, penalties_PG, valid_PG, high_P, low_P)
+
+    # -- resume
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides the policy, as plain values: the cursor and the unspent rollout."""
+        unique: dict[int, Group] = {id(group): group for share in self.shares for group in share}
+        number = {key: i for i, key in enumerate(unique)}
+        return {
+            "cursor": self.cursor,
+            "groups": [
+                {
+                    "prompt": self.prompts.index(group.prompt),
+                    "completions": [dataclasses.asdict(c) for c in group.completions],
+                    "advantages": group.advantages,
+                }
+                for group in unique.values()
+            ],
+            "shares": [[number[id(group)] for group in share] for share in self.shares],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.cursor = state["cursor"]
+        groups = [
+            Group(
+                self.prompts[row["prompt"]],
+                [Completion(**{**c, "tokens": tuple(c["tokens"]), "logps": tuple(c["logps"])}) for c in row["completions"]],
+                row["advantages"],
+            )
+            for row in state["groups"]
+        ]
+        self.shares = [[groups[i] for i in share] for share in state["shares"]]
+        self.engine.update(self.policy.weights(), self.policy.version)
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One call of the engine: its completions with scores and advantages."""
+
+    prompts: list[Prompt]
+    completions: list[list[Completion]]
+    scores: Scores
+    advantages_PG: Tensor
+    penalties_PG: Tensor
+    valid_PG: Tensor
+    high_P: Tensor
+    low_P: Tensor
+
+    def groups(self, mask_truncated: bool, only_alive: bool) -> list[Group]:
+        found = []
+        for p, prompt in enumerate(self.prompts):
+            if only_alive and bool(self.high_P[p] | self.low_P[p]):
+                continue
+            keep = [
+                g for g, c in enumerate(self.completions[p])
+                if self.valid_PG[p, g] and not (mask_truncated and c.stop == "length")
+            ]  # fmt: skip
+            if keep:
+                chosen = [self.completions[p][g] for g in keep]
+                found.append(Group(prompt, chosen, [float(self.advantages_PG[p, g]) for g in keep]))
+        return found
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The records of its completions, with their advantages."""
+        advantages_N = self.advantages_PG.reshape(-1).tolist()
+        rows = sample_rows(self.prompts, self.completions, self.scores)
+        return [row | {"advantage": a} for row, a in zip(rows, advantages_N, strict=True)]
+
+
+def _batch(groups: list[Group]) -> tuple[Batch, Tensor, Tensor, int]:
+    """The ragged batch of these groups, advantages `[N]`, the sampler's log-probs `[T]`, the version sampled from."""
+    completions = [c for group in groups for c in group.completions]
+    owner = [i for i, group in enumerate(groups) for _ in group.completions]
+    batch = Batch([g.prompt.tokens for g in groups], [c.tokens for c in completions], owner)
+    advantages_N = torch.tensor([a for group in groups for a in group.advantages])
+    return batch, advantages_N, torch.tensor([p for c in completions for p in c.logps]), completions[0].version
+
+
+def _rollout_metrics(rounds: list[_Round]) -> dict[str, float]:
+    completions = [c for r in rounds for group in r.completions for c in group]
+    values = [v for r in rounds for v in _flat(r.scores.values_PG) if real(v) is not None]
+    mean = _mean(values)
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5,
+    }
+    for name in rounds[0].scores.parts:
+        scored = [v for r in rounds for v in _flat(r.scores.parts[name]) if real(v) is not None]
+        if scored:
+            metrics[f"reward/{name}"] = _mean(scored)
+    lengths = [len(c.tokens) for c in completions]
+    groups = [group for r in rounds for group in r.completions]
+    return metrics | {
+        "reward/failed": sum(len(r.scores.failures) for r in rounds),
+        "groups/zero_std_high": float(torch.cat([r.high_P for r in rounds]).float().mean()),
+        "groups/zero_std_low": float(torch.cat([r.low_P for r in rounds]).float().mean()),
+        "length/mean": _mean(lengths),
+        "length/max": max(lengths),
+        "length/truncated": _mean([c.stop == "length" for c in completions]),
+        "diversity": _mean([len({c.tokens for c in group}) / len(group) for group in groups]),
+        "tokens/prompt": sum(len(p.tokens) for r in rounds for p in r.prompts),
+        "tokens/completion": sum(lengths),
+    }
+
+
+def _owners(completions: list[list[Completion]]) -> list[int]:
+    return [p for p, group in enumerate(completions) for _ in group]
+
+
+def _flat(values_PG: Any) -> list[float]:
+    return [float(v) for row in values_PG for v in row]
+
+
+def _mean(values: list[Any]) -> float:
+    return float(sum(values) / len(values)) if values else float("nan")
+
+
+# -- variants: rows of values -----------------------------------------------------------------------------------------
+
+_GRPO = dict(
+    beta=0.0, kl_in="loss", kl_loss="k2", baseline="mean", scale="sample", ratio="token", loss="clip",
+    clip_low=0.2, clip_high=0.2, aggregate="token", dynamic_sampling=False, overlong_tokens=0,
+)  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Shao et al. 2024 (DeepSeekMath), with the departures above
+    "grpo": _GRPO,
+    # Liu et al. 2025 (Understanding R1-Zero-like training): no std, a constant normaliser; both biases removed
+    "dr_grpo": _GRPO | dict(scale="none", aggregate="constant"),
+    # Yu et al. 2025 (DAPO): clip-higher, dynamic sampling; overlong_tokens is a fifth of max_tokens unless set
+    "dapo": _GRPO | dict(clip_high=0.28, dynamic_sampling=True, overlong_tokens=None),
+    # Zheng et al. 2025 (GSPO), §5.1: sequence ratio, narrow clip range
+    "gspo": _GRPO | dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregate="sequence"),
+    # MiniMax 2025 (MiniMax-M1), eq. 4–5: the clipped weight is detached, so every token keeps its gradient
+    "cispo": _GRPO | dict(loss="cispo", clip_low=1.0, clip_high=4.0),
+    # Ahmadian et al. 2024 (Back to basics): leave-one-out baseline, no scale, no clip, KL in the reward
+    "rloo": _GRPO | dict(
+        baseline="leave_one_out", scale="none", loss="reinforce", aggregate="sequence", kl_in="reward", beta=0.05
+    ),
+    # Hu et al. 2025 (REINFORCE++): no group baseline, advantages normalised over the whole batch, KL in the reward
+    "reinforce++": _GRPO | dict(baseline="none", scale="batch", kl_in="reward", beta=0.01),
+}  # fmt: skip
+
+
+def resolve(config: Grpo) -> Grpo:
+    """`config` with every setting that was left out filled in from its variant's row."""
+    row = dict(VARIANTS[config.variant])
+    if row["overlong_tokens"] is None:
+        row["overlong_tokens"] = config.sampling.max_tokens // 5
+    return dataclasses.replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
