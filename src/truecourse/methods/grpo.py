@@ -7,7 +7,8 @@ eq. 3) samples G completions of each prompt and takes b and the scale of A from 
 Each rollout is spent in one or more updates of PPO's clipped surrogate; the KL term acts as a loss or inside r.
 
 Departures from the paper, each a setting (the papers' forms are `kl_loss = "k3"`, `aggregate = "sequence"`):
-  - the KL loss is k2, whose gradient is the exact on-policy gradient of KL(π ‖ π_ref); k3's is the forward KL's;
+  - the KL loss is k2, per token: on policy its gradient is that of KL(π ‖ π_ref) at each visited prefix (k3's is the
+    forward KL's). Neither sees that a token changes which prefixes come next; `kl_in = "reward"` does, with more noise;
   - the loss is the mean over the tokens of the whole batch (DAPO, §3.3), not over sequences of their own means;
   - the first update after a rollout takes its own log-probs as the old ones: the ratio is 1 by construction;
   - a completion whose reward failed leaves its group and the loss; it is never scored as 0.
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from truecourse.data.order import take
 from truecourse.data.sequences import Batch, Completion, Prompt
+from truecourse.errors import UserError
 from truecourse.model.policy import Policy
 from truecourse.objective.advantages import dead_groups, group_advantages
 from truecourse.objective.kl import kl_values
 from truecourse.objective.surrogate import (
     effective_sample_size,
+    importance_ratio,
     overlong_penalty,
     segment_sum,
     spread,
@@ -82,7 +85,9 @@ class GRPO:
         beta_loss = beta if config.kl_in == "loss" else 0.0
         temperature = config.sampling.temperature
         lengths_N = torch.tensor(batch.lengths_N)
-        weight_T = token_weights(lengths_N, config.aggregate, config.sampling.max_tokens).to(policy.device)
+        in_loss_N = [not (config.mask_truncated and c.stop == "length") for g in groups for c in g.completions]
+        weight_T = token_weights(lengths_N, config.aggregate, config.sampling.max_tokens, torch.tensor(in_loss_N))
+        weight_T = weight_T.to(policy.device)
         advantages_T = spread(advantages_N, lengths_N).to(policy.device)
         sampler_logp_T = sampler_logp_T.to(policy.device)
         fresh = version == policy.version
@@ -103,7 +108,10 @@ class GRPO:
             if not self.engine.exact:
                 loss_T = loss_T * truncated_importance_weights(old_T, sampler_logp_T[at], config.is_cap)
             if beta_loss:
-                loss_T = loss_T + beta_loss * kl_values(logp_T, ref_logp_T[at], config.kl_loss)  # type: ignore[index]
+                kl_T = kl_values(logp_T, ref_logp_T[at], config.kl_loss)  # type: ignore[index]
+                if not fresh:  # the samples are an older policy's: weigh them, or the KL's gradient is biased
+                    kl_T = kl_T * importance_ratio(logp_T.detach(), old_T, lengths_N[part.rows], "token")
+                loss_T = loss_T + beta_loss * kl_T
             if config.entropy_bonus:
                 loss_T = loss_T - config.entropy_bonus * entropy_T
             part_loss = (loss_T * weight_T[at]).sum()
@@ -162,11 +170,11 @@ class GRPO:
             check_failures(scores, config.max_reward_failures)
             this = self._advantages(prompts, completions, scores)
             rounds.append(this)
-            kept += this.groups(config.mask_truncated, only_alive=bool(config.dynamic_sampling))
+            kept += this.groups(only_alive=bool(config.dynamic_sampling))
             enough = len(kept) >= config.prompts_per_step
             if enough or not config.dynamic_sampling or len(rounds) > config.max_resamples:
                 break
-        kept = kept[: config.prompts_per_step] or rounds[0].groups(config.mask_truncated, only_alive=False)
+        kept = kept[: config.prompts_per_step] or rounds[0].groups(only_alive=False)
         self.shares = [kept[i :: config.updates_per_rollout] for i in range(config.updates_per_rollout)]
         self.shares = [share for share in self.shares if share] * config.epochs
         result.record |= _rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
@@ -244,15 +252,12 @@ class _Round:
     high_P: Tensor
     low_P: Tensor
 
-    def groups(self, mask_truncated: bool, only_alive: bool) -> list[Group]:
+    def groups(self, only_alive: bool) -> list[Group]:
         found = []
         for p, prompt in enumerate(self.prompts):
             if only_alive and bool(self.high_P[p] | self.low_P[p]):
                 continue
-            keep = [
-                g for g, c in enumerate(self.completions[p])
-                if self.valid_PG[p, g] and not (mask_truncated and c.stop == "length")
-            ]  # fmt: skip
+            keep = [g for g in range(len(self.completions[p])) if self.valid_PG[p, g]]
             if keep:
                 chosen = [self.completions[p][g] for g in keep]
                 found.append(Group(prompt, chosen, [float(self.advantages_PG[p, g]) for g in keep]))
@@ -332,7 +337,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cispo": _GRPO | dict(loss="cispo", clip_low=1.0, clip_high=4.0),
     # Ahmadian et al. 2024 (Back to basics): leave-one-out baseline, no scale, no clip, KL in the reward
     "rloo": _GRPO | dict(
-        baseline="leave_one_out", scale="none", loss="reinforce", aggregate="sequence", kl_in="reward", beta=0.05
+        baseline="leave_one_out", scale="none", loss="reinforce", aggregate="constant", kl_in="reward", beta=0.05
     ),
     # Hu et al. 2025 (REINFORCE++): no group baseline, advantages normalised over the whole batch, KL in the reward
     "reinforce++": _GRPO | dict(baseline="none", scale="batch", kl_in="reward", beta=0.01),
@@ -344,4 +349,10 @@ def resolve(config: Grpo) -> Grpo:
     row = dict(VARIANTS[config.variant])
     if row["overlong_tokens"] is None:
         row["overlong_tokens"] = config.sampling.max_tokens // 5
-    return dataclasses.replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
+    full = dataclasses.replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
+    if full.baseline == "none" and full.scale in ("sample", "population"):
+        raise UserError(
+            f'baseline = "none" with scale = "{full.scale}" divides by a std that was not centred first; '
+            'use scale = "batch" or "none"'
+        )
+    return full

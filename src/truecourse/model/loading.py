@@ -162,7 +162,8 @@ def _adapted(path: Path, adapter: Path, number: torch.dtype) -> tuple[Any, Any]:
         name = str(folder) if folder.is_dir() else base
         model = AutoModelForCausalLM.from_pretrained(name, dtype=number, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(path) if (path / "tokenizer_config.json").is_file() else name)
-    return PeftModel.from_pretrained(model, str(path)).merge_and_unload(), tokenizer
+    merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    return merged.requires_grad_(True), tokenizer  # peft freezes the base
 
 
 def _with_adapters(model: Any, lora: Lora) -> Any:
