@@ -1,1 +1,1 @@
-
+"""The run: its directory, checkpoints, schedule, progress and end."""
