@@ -71,7 +71,9 @@ def test_a_layout_that_ignored_the_window_would_be_caught(monkeypatch):
     assert seam_holds(model, head_of(model)) < 1e-4
     blind = attention.Packed.attend
     monkeypatch.setattr(
-        attention.Packed, "attend", lambda self, layer, q, k, v, rules: blind(self, layer, q, k, v, attention.Rules(rules.scaling, None, None))
+        attention.Packed,
+        "attend",
+        lambda self, layer, q, k, v, rules: blind(self, layer, q, k, v, attention.Rules(rules.scaling, None, None)),
     )
     assert seam_holds(model, head_of(model)) > 1e-3
 
@@ -292,7 +294,10 @@ def test_a_model_outside_the_registry_runs_padded_and_says_so():
     assert not packed and "padded path" in note
     batch = ragged()
     torch.testing.assert_close(
-        Policy(Loaded(model, None, (), packed)).score(batch), naive_logprobs(model, batch)[0].detach(), atol=1e-5, rtol=0
+        Policy(Loaded(model, None, (), packed)).score(batch),
+        naive_logprobs(model, batch)[0].detach(),
+        atol=1e-5,
+        rtol=0,
     )
 
 

@@ -16,14 +16,27 @@ if TYPE_CHECKING:
     from truecourse.trainer import Result, resume, train
 
 _HOME = {
-    "train": "trainer", "resume": "trainer", "Result": "trainer",
-    "Recipe": "recipe", "Grpo": "recipe", "Sft": "recipe", "Lora": "recipe", "Sampling": "recipe", "RewardPart": "recipe",
-    "UserError": "errors", "RunError": "errors",
-}  # fmt: skip
-__all__ = [*_HOME, "__version__"]
+    "trainer": ("train", "resume", "Result"),
+    "recipe": ("Recipe", "Grpo", "Sft", "Lora", "Sampling", "RewardPart"),
+    "errors": ("UserError", "RunError"),
+}
+__all__ = [
+    "Grpo",
+    "Lora",
+    "Recipe",
+    "Result",
+    "RewardPart",
+    "RunError",
+    "Sampling",
+    "Sft",
+    "UserError",
+    "resume",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'truecourse' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"truecourse.{_HOME[name]}"), name)
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(f"truecourse.{module}"), name)
+    raise AttributeError(f"module 'truecourse' has no attribute {name!r}")

@@ -72,7 +72,8 @@ def evaluate(
         columns: Columns to rename, for example --columns prompt=question.
         chat: Wrap plain-text prompts as a user's chat message.
         system: System message put before chat prompts.
-        out: Keep each answer in this .jsonl file as it is scored, and skip those already there: a killed evaluation goes on.
+        out: Keep each answer in this .jsonl file as it is scored, and skip those already there: a killed evaluation
+            goes on.
         json: Print the result as JSON.
         seed: Seed of the sampling streams.
     """

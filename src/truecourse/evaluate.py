@@ -43,8 +43,12 @@ def run(
     asked = trainer.make_prompts(rows, stage, template, trainer.context_of(loaded), stage.gold_sampling.max_tokens)
     asked = asked[: stage.gold_prompts]
 
-    settings = {"model": trainer.model_folder(source), "sampling": dataclasses.asdict(stage.gold_sampling), "seed": seed,
-                "gold": [dataclasses.asdict(part) for part in stage.gold]}  # fmt: skip
+    settings = {
+        "model": trainer.model_folder(source),
+        "sampling": dataclasses.asdict(stage.gold_sampling),
+        "gold": [dataclasses.asdict(part) for part in stage.gold],
+        "seed": seed,
+    }
     kept = _kept(Path(out), settings) if out else {}
     todo = [p for p in asked if p.index not in kept]
     with _bar() as bar:
@@ -77,7 +81,7 @@ def sample(
     recipe, _ = _recipe_of(source)
     loaded, template = _load(source, recipe)
     content: str | list[Message] = text
-    if not plain and template.has_chat:
+    if not plain and (template.chat_template or template.tokenizer.chat_template):
         content = trainer.with_system([{"role": "user", "content": text}], system)
     prompt = Prompt(0, content, template.prompt_tokens(content, "the prompt"), {})
     context = trainer.context_of(loaded)
@@ -121,8 +125,7 @@ def _asked(
                 "(a run that has a gold needs neither)"
             )
         stage = Grpo(data=data, held_out=data, gold_prompts=1 << 31, gold_sampling=Sampling(temperature=0.0))
-    assert stage.gold_sampling is not None
-    sampling = stage.gold_sampling
+    sampling = stage.gold_sampling or Sampling(temperature=0.0)
     if max_tokens:
         sampling = dataclasses.replace(sampling, max_tokens=max_tokens)
     if temperature >= 0:

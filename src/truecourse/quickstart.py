@@ -33,13 +33,15 @@ def run(seed: int, out: Path, quiet: bool = False) -> None:
         result = trainer.resume(out, quiet=quiet)
     else:
         console.print(
-            "GRPO on two-digit sums, answered last digit first: 38+47= should give 58. "
-            "The start was trained on 350 demonstrations; from here it sees only its own answers and whether they are right.",
+            "GRPO on two-digit sums: 38+47= should give 85. "
+            "The start was trained on a few demonstrations; from here it sees its own answers and whether they are right.",
             markup=False,
         )
         result = trainer.train(asked, quiet=quiet)
     if result.summary["status"] == "interrupted":
-        console.print(f"Interrupted; continue with: truecourse quickstart --seed {seed} --out {out}", markup=False, soft_wrap=True)
+        console.print(
+            f"Interrupted; continue with: truecourse quickstart --seed {seed} --out {out}", markup=False, soft_wrap=True
+        )
         return
     show.before_and_after(RunDirectory.open(out), asked.stage[0].gold[0].label)
     console.print(f"Report: {report.build([out])}", markup=False, soft_wrap=True)

@@ -12,7 +12,6 @@ import difflib
 import inspect
 import textwrap
 import tomllib
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ class Lora:
 
     rank: int = 16
     """Rank of the update matrices. 8–64 is common; 16 is peft users' usual start."""
-    alpha: float = 32.0
+    alpha: int = 32
     """Scale numerator: the update is multiplied by alpha / rank. Twice the rank is the common choice."""
     dropout: float = 0.0
     """Share of adapter inputs dropped. 0 keeps sampler and trainer the same policy."""
@@ -39,7 +38,7 @@ class Lora:
     """`4bit` loads the frozen base in NF4 by bitsandbytes (QLoRA, Dettmers et al. 2023); needs a CUDA GPU."""
 
     def check(self) -> None:
-        _at_least(self, rank=1, alpha=0.0, dropout=0.0)
+        _at_least(self, rank=1, alpha=1, dropout=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +171,8 @@ class Sft(Stage):
     lr: float = 2e-5
     """Peak learning rate. Full weights: 1e-5..5e-5; about 10× with LoRA."""
     max_length: int = 0
-    """Longest demonstration in tokens (prompt and completion); longer ones are refused by row. 0 is the model's context."""
+    """Longest demonstration in tokens, prompt and completion; longer ones are refused by row. 0 is the model's
+    context."""
 
     def check(self) -> None:
         super().check()
@@ -234,7 +234,7 @@ class Grpo(Stage):
     entropy_bonus: float = 0.0
     """Weight of the policy's per-token entropy added to J."""
     is_cap: float = 2.0
-    """Cap of the truncated importance weights between sampler and trainer; used with engines other than the local one."""
+    """Cap of the truncated importance weights between sampler and trainer; for engines other than the local one."""
     reference: Literal["auto", "copy", "adapter_off", "offload"] = "auto"
     """How the reference is kept: a frozen copy, the adapter switched off (auto with LoRA), or a copy that leaves the
     GPU while gradients are computed."""
@@ -249,7 +249,9 @@ class Grpo(Stage):
         super().check()
         where = "stage 'grpo'"
         if not self.rewards:
-            raise UserError(f"{where}: `rewards` is empty; add a [[stage.rewards]] table with `use = \"exact\"` or your own function")
+            raise UserError(
+                f'{where}: `rewards` is empty; add a [[stage.rewards]] table with `use = "exact"` or your own function'
+            )
         self.sampling.check()
         self.sampling.check_training(where)
         for part in self.rewards:
@@ -266,11 +268,16 @@ class Grpo(Stage):
         if not 0 < self.reference_mix <= 1:
             raise UserError(f"{where}: reference_mix = {self.reference_mix} is not in (0, 1]")
         if self.reference_every and self.reference == "adapter_off":
-            raise UserError(f"{where}: a moving reference (reference_every) cannot be the adapter switched off; use reference = \"copy\"")
+            raise UserError(
+                f"{where}: a moving reference (reference_every) cannot be the adapter switched off; "
+                'use reference = "copy"'
+            )
         if not 0 <= self.max_reward_failures < 1:
             raise UserError(f"{where}: max_reward_failures = {self.max_reward_failures} is a share in [0, 1)")
         if (self.overlong_tokens or 0) > self.sampling.max_tokens:
-            raise UserError(f"{where}: overlong_tokens = {self.overlong_tokens} exceeds max_tokens = {self.sampling.max_tokens}")
+            raise UserError(
+                f"{where}: overlong_tokens = {self.overlong_tokens} exceeds max_tokens = {self.sampling.max_tokens}"
+            )
 
 
 STAGES: dict[str, type[Stage]] = {cls.method: cls for cls in (Sft, Grpo)}
@@ -291,7 +298,8 @@ class Recipe:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights in memory: auto is float32 on CPU and bfloat16 with a float32 master copy on a GPU."""
     threads: int = 1
-    """CPU threads for torch. With 2, spinning made a busy 2-core machine 4.5–10× slower; results depend on it bit for bit."""
+    """CPU threads for torch; the bits of a result depend on it. With 2, spinning made a busy 2-core machine 4.5–10×
+    slower."""
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's chat template."""
     gradient_checkpointing: bool = False
@@ -306,16 +314,16 @@ class Recipe:
     def check(self) -> Recipe:
         """Raise `UserError` on what contradicts itself; returns self."""
         if not self.stage:
-            raise UserError("the recipe has no [[stage]]; add one with `method = \"grpo\"` or `method = \"sft\"`")
+            raise UserError('the recipe has no [[stage]]; add one with `method = "grpo"` or `method = "sft"`')
         _at_least(self, threads=1, seed=0)
         if self.lora:
             self.lora.check()
         for stage in self.stage:
             stage.check()
             if self.lora and getattr(stage, "reference", "auto") == "auto" and getattr(stage, "reference_every", 0):
-                raise UserError("a moving reference (reference_every) with LoRA needs reference = \"copy\"")
+                raise UserError('a moving reference (reference_every) with LoRA needs reference = "copy"')
             if not self.lora and getattr(stage, "reference", "auto") == "adapter_off":
-                raise UserError("reference = \"adapter_off\" needs a [lora] table; without adapters use \"copy\"")
+                raise UserError('reference = "adapter_off" needs a [lora] table; without adapters use "copy"')
         return self
 
 
@@ -424,7 +432,10 @@ def _override(table: dict[str, Any], text: str) -> None:
     for i, part in enumerate(path):
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"--set {key}: {'.'.join(path[:i])} has {len(node)} entries; {part!r} is not one of 0..{len(node) - 1}")
+                raise UserError(
+                    f"--set {key}: {'.'.join(path[:i])} has {len(node)} entries, counted from 0; "
+                    f"{part!r} is none of them"
+                )
             part = int(part)  # type: ignore[assignment]
         elif not isinstance(node, dict):
             raise UserError(f"--set {key}: {'.'.join(path[:i])} is a value, not a table")
@@ -446,7 +457,11 @@ def field_docs(cls: type) -> dict[str, str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for node, after in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
                 docs[node.target.id] = " ".join(str(after.value.value).split())  # type: ignore[union-attr]
     return docs
 

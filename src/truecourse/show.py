@@ -21,7 +21,9 @@ def summary(result: Any, report: Path) -> None:
     for heading in ("measure", "first", "last", "best"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     for name, g in s["gold"].items():
-        table.add_row(f"gold {name}", _number(g["first"]), _number(g["last"]), f"{_number(g['best'])} at step {g['best_step']}")
+        table.add_row(
+            f"gold {name}", _number(g["first"]), _number(g["last"]), f"{_number(g['best'])} at step {g['best_step']}"
+        )
     if s["reward"]["last"] is not None:
         table.add_row("reward", _number(s["reward"]["first"]), _number(s["reward"]["last"]), "")
     if s.get("loss"):

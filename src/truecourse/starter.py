@@ -36,7 +36,18 @@ EXAMPLES: dict[str, Grpo | Sft] = {
 }
 COMMON: dict[type, tuple[str, ...]] = {
     Recipe: ("model", "out", "seed"),
-    Grpo: ("data", "held_out", "steps", "lr", "prompts_per_step", "group_size", "variant", "beta", "gold_every", "micro_tokens"),
+    Grpo: (
+        "data",
+        "held_out",
+        "steps",
+        "lr",
+        "prompts_per_step",
+        "group_size",
+        "variant",
+        "beta",
+        "gold_every",
+        "micro_tokens",
+    ),
     Sft: ("data", "held_out", "steps", "lr", "batch_size", "gold_every", "micro_tokens"),
 }
 TABLES = ("sampling", "gold_sampling", "rewards", "gold", "columns")

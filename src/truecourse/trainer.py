@@ -14,7 +14,7 @@ from truecourse import rewards
 from truecourse.data import formats, sources
 from truecourse.data.sequences import Prompt
 from truecourse.data.split import split
-from truecourse.data.template import Template
+from truecourse.data.template import Template, load_chat_template
 from truecourse.errors import UserError
 from truecourse.methods import grpo, sft
 from truecourse.model import loading
@@ -105,7 +105,7 @@ def settle(recipe: Recipe) -> None:
 def _run(run: RunDirectory, recipe: Recipe, quiet: bool, first: Built | None) -> Result:
     with run.lock(), StopFlag() as flag:
         found = checkpoint.latest(run.path)
-        begin, folder = (0, None) if found is None else (checkpoint.load_json(found[1])["stage"], found[1])
+        begin, folder = (0, None) if found is None else (checkpoint.load_state(found[1])[1]["stage"], found[1])
         run.rewind(-1 if found is None else found[0], begin)
         tracker = trackers.tracker(recipe.tracker, run.path, recipe)
         total = sum(stage.steps for stage in recipe.stage)
@@ -152,7 +152,7 @@ def stage_result(run: RunDirectory, recipe: Recipe, index: int) -> Path:
 
 def _result_step(run: RunDirectory, recipe: Recipe, index: int) -> int:
     first, last = _offset(recipe, index), _offset(recipe, index + 1)
-    here = sorted(s for s in checkpoint.steps(run.path) if first < s <= last or (s == first and index == 0))
+    here = sorted(s for s, _ in checkpoint.found(run.path) if first < s <= last or (s == first and index == 0))
     gold = recipe.stage[index].gold
     values = {r["step"]: r[f"gold/{gold[0].label}"] for r in run.evals() if r["stage"] == index} if gold else {}
     scored = [s for s in here if s in values]
@@ -170,9 +170,8 @@ class Built:
     def __init__(self, recipe: Recipe, index: int, source: str) -> None:
         stage = self.stage = recipe.stage[index]
         train_rows, held_rows = split_rows(stage, recipe.seed)
-        parts = (*stage.gold, *getattr(stage, "rewards", ()))
-        built = {part: rewards.build([part]) for part in parts}  # a misnamed reward shows before a model is loaded
-        del built
+        gold = rewards.build(stage.gold) if stage.gold else None  # a misnamed reward shows before a model is loaded
+        reward = rewards.build(stage.rewards) if isinstance(stage, Grpo) else None
         device = loading.resolve_device(recipe.device)
         self.loaded = loading.load(source, device=device, dtype=recipe.dtype, lora=recipe.lora)
         self.template = template_of(self.loaded, recipe.chat_template)
@@ -193,26 +192,24 @@ class Built:
                     f"prompts_per_step = {stage.prompts_per_step}, but there are only {len(prompts)} training prompts; "
                     "lower it, or add data"
                 )
-            reward = rewards.build(stage.rewards)
+            assert reward is not None
             self.method: Any = grpo.GRPO(stage, self.policy, engine, reward, prompts, recipe.seed)
         elif isinstance(stage, Sft):
-            limit = min(context or stage.max_length, stage.max_length or context) or None
+            limit = min(context or stage.max_length, stage.max_length or context)
             demos = _demonstrations(train_rows, stage, self.template, limit)
             held = _demonstrations([row for row in held_rows if _answered(row)], stage, self.template, limit)
             self.method = sft.SFT(stage, self.policy, demos, held, recipe.seed)
         else:
             raise AssertionError(stage.method)
-        self.gold = self._gold(held_rows, engine, context) if stage.gold else None
+        self.gold = self._gold(gold, held_rows, engine, context) if gold else None
 
-    def _gold(self, held_rows: list[sources.Row], engine: LocalEngine, context: int) -> Gold:
+    def _gold(self, gold: rewards.Reward, held_rows: list[sources.Row], engine: LocalEngine, context: int) -> Gold:
         stage = self.stage
         assert stage.gold_sampling is not None
         prompts = make_prompts(held_rows, stage, self.template, context, stage.gold_sampling.max_tokens)
         if not prompts:
             raise UserError("a gold needs held-out prompts; set held_out to a share, a count or a file")
-        return Gold(
-            stage.gold[0].label, rewards.build(stage.gold), engine, prompts[: stage.gold_prompts], stage.gold_sampling
-        )
+        return Gold(stage.gold[0].label, gold, engine, prompts[: stage.gold_prompts], stage.gold_sampling)
 
 
 def read_rows(stage: Stage, source: str | tuple[str, ...]) -> list[sources.Row]:
@@ -235,11 +232,7 @@ def held_out_rows(stage: Stage, seed: int) -> list[sources.Row]:
 
 def template_of(loaded: Loaded, chat_template: str = "") -> Template:
     """The chat template of a model, or the one in the file that replaces it."""
-    text = None
-    if chat_template:
-        if not Path(chat_template).is_file():
-            raise UserError(f"chat_template {chat_template!r} does not exist")
-        text = Path(chat_template).read_text(encoding="utf-8")
+    text = load_chat_template(chat_template, Path.cwd())
     return Template(loaded.tokenizer, text, loaded.end_ids)
 
 
@@ -257,17 +250,13 @@ def make_prompts(
     rows: list[sources.Row], stage: Stage, template: Template, context: int, max_tokens: int
 ) -> list[Prompt]:
     """Tokenised prompts, one for each row. Raises `UserError` naming the row whose prompt leaves no room to answer."""
-    found = []
-    for index, (content, columns, where) in enumerate(formats.prompts_for_rl(rows, chat=stage.chat)):
-        content = with_system(content, stage.system)
-        tokens = template.prompt_tokens(content, where)
-        if context and len(tokens) + max_tokens > context:
-            raise UserError(
-                f"{where}: the prompt's {len(tokens)} tokens and max_tokens = {max_tokens} do not fit the model's context "
-                f"of {context}; shorten or drop the row, or lower max_tokens to {max(context - len(tokens), 0)}"
-            )
-        found.append(Prompt(index, content, tokens, columns))
-    return found
+    if context and max_tokens >= context:
+        raise UserError(f"max_tokens = {max_tokens} leaves no room for a prompt in the model's context of {context}")
+    found = [
+        row._replace(content=with_system(row.content, stage.system))
+        for row in formats.prompts_for_rl(rows, chat=stage.chat)
+    ]
+    return template.prompts(found, context - max_tokens if context else 0)
 
 
 def with_system(content: formats.Content, system: str) -> formats.Content:
@@ -277,20 +266,11 @@ def with_system(content: formats.Content, system: str) -> formats.Content:
     return [{"role": "system", "content": system}, *content]
 
 
-def _demonstrations(
-    rows: list[sources.Row], stage: Stage, template: Template, limit: int | None
-) -> list[sft.Demonstration]:
-    found = []
-    for prompt, completion, where in formats.demonstrations(rows, chat=stage.chat):
-        prompt = with_system(prompt, stage.system)
-        tokens = template.prompt_tokens(prompt, where), template.completion_tokens(prompt, completion, where)
-        if limit and sum(map(len, tokens)) > limit:
-            raise UserError(
-                f"{where}: the demonstration has {sum(map(len, tokens))} tokens, more than {limit} "
-                "(max_length, or the model's context); shorten or drop the row"
-            )
-        found.append(tokens)
-    return found
+def _demonstrations(rows: list[sources.Row], stage: Stage, template: Template, limit: int) -> list[sft.Demonstration]:
+    return [
+        template.demonstration(row._replace(prompt=with_system(row.prompt, stage.system)), limit)
+        for row in formats.demonstrations(rows, chat=stage.chat)
+    ]
 
 
 def _answered(row: sources.Row) -> bool:

@@ -20,7 +20,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class GRPO:
     def __init__(
         self, config: Grpo, policy: Policy, engine: Engine, reward: Reward, prompts: list[Prompt], seed: int
     ) -> None:
-        self.config = config
+        self.config, self.values = config, _values(config)
         self.policy, self.engine, self.reward, self.prompts, self.seed = policy, engine, reward, prompts, seed
         self.cursor = 0  # prompts drawn so far
         self.shares: list[list[Group]] = []  # what is left of the rollout, one list of groups for each update
@@ -74,24 +74,23 @@ class GRPO:
     # -- an update
 
     def step(self, step: int, lr: float, phase: Callable[[str], None]) -> StepResult:
-        config, policy = self.config, self.policy
+        config, values, policy = self.config, self.values, self.policy
         result = StepResult({})
         if not self.shares:
             self._collect(step, phase, result)
         groups, started = self.shares.pop(0), time.perf_counter()
 
         batch, advantages_N, sampler_logp_T, version = _batch(groups)
-        beta = float(config.beta or 0.0)
-        beta_loss = beta if config.kl_in == "loss" else 0.0
+        beta_loss = values.beta if values.kl_in == "loss" else 0.0
         temperature = config.sampling.temperature
         lengths_N = torch.tensor(batch.lengths_N)
         in_loss_N = [not (config.mask_truncated and c.stop == "length") for g in groups for c in g.completions]
-        weight_T = token_weights(lengths_N, config.aggregate, config.sampling.max_tokens, torch.tensor(in_loss_N))
+        weight_T = token_weights(lengths_N, values.aggregate, config.sampling.max_tokens, torch.tensor(in_loss_N))
         weight_T = weight_T.to(policy.device)
         advantages_T = spread(advantages_N, lengths_N).to(policy.device)
         sampler_logp_T = sampler_logp_T.to(policy.device)
         fresh = version == policy.version
-        measure_kl = bool(beta) or step % config.kl_every == 0
+        measure_kl = bool(values.beta) or step % config.kl_every == 0
         ref_logp_T = policy.reference(batch, temperature) if measure_kl else None
 
         logps, entropies, clipped, loss = [], [], [], 0.0
@@ -103,12 +102,13 @@ class GRPO:
             old_T = logp_T.detach() if fresh else sampler_logp_T[at]
             loss_T, clipped_T = surrogate(
                 logp_T, old_T, advantages_T[at], lengths_N[part.rows],
-                loss=config.loss, level=config.ratio, clip_low=config.clip_low, clip_high=config.clip_high,
+                loss=values.loss, level=values.ratio, clip_low=values.clip_low, clip_high=values.clip_high,
             )  # fmt: skip
             if not self.engine.exact:
                 loss_T = loss_T * truncated_importance_weights(old_T, sampler_logp_T[at], config.is_cap)
             if beta_loss:
-                kl_T = kl_values(logp_T, ref_logp_T[at], config.kl_loss)  # type: ignore[index]
+                assert ref_logp_T is not None
+                kl_T = kl_values(logp_T, ref_logp_T[at], values.kl_loss)
                 if not fresh:  # the samples are an older policy's: weigh them, or the KL's gradient is biased
                     kl_T = kl_T * importance_ratio(logp_T.detach(), old_T, lengths_N[part.rows], "token")
                 loss_T = loss_T + beta_loss * kl_T
@@ -134,9 +134,8 @@ class GRPO:
             "time/train": time.perf_counter() - started,
         }
         if ref_logp_T is not None:
-            for kind, name in (("k3", "kl/ref"), ("k1", "kl/ref_k1")):
-                per_sequence_N = segment_sum(kl_values(logp_T, ref_logp_T, kind), lengths_N)
-                result.record[name] = float(per_sequence_N.mean())
+            result.record["kl/ref"] = float(segment_sum(kl_values(logp_T, ref_logp_T, "k3"), lengths_N).mean())
+            result.record["kl/ref_k1"] = float(segment_sum(kl_values(logp_T, ref_logp_T, "k1"), lengths_N).mean())
         gap_T = kl_values(sampler_logp_T, logp_T, "k3")  # samples came from the sampler
         if fresh:
             result.record["kl/sampler"] = float(gap_T.mean())
@@ -149,7 +148,7 @@ class GRPO:
 
     def _collect(self, step: int, phase: Callable[[str], None], result: StepResult) -> None:
         """Sample, score, and turn rewards into advantages; with dynamic sampling, until enough groups are alive."""
-        config = self.config
+        config, values = self.config, self.values
         kept: list[Group] = []
         rounds: list[_Round] = []
         times = {"rollout": 0.0, "reward": 0.0}
@@ -170,36 +169,36 @@ class GRPO:
             check_failures(scores, config.max_reward_failures)
             this = self._advantages(prompts, completions, scores)
             rounds.append(this)
-            kept += this.groups(only_alive=bool(config.dynamic_sampling))
+            kept += this.groups(only_alive=values.dynamic_sampling)
             enough = len(kept) >= config.prompts_per_step
-            if enough or not config.dynamic_sampling or len(rounds) > config.max_resamples:
+            if enough or not values.dynamic_sampling or len(rounds) > config.max_resamples:
                 break
         kept = kept[: config.prompts_per_step] or rounds[0].groups(only_alive=False)
         self.shares = [kept[i :: config.updates_per_rollout] for i in range(config.updates_per_rollout)]
         self.shares = [share for share in self.shares if share] * config.epochs
         result.record |= _rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
-        if config.dynamic_sampling:
+        if values.dynamic_sampling:
             result.record["groups/resampled"] = len(rounds) - 1
-        if config.overlong_tokens:
+        if values.overlong_tokens:
             result.record["reward/overlong_penalty"] = _mean([v for r in rounds for v in _flat(r.penalties_PG)])
         result.rollouts = [row for r in rounds for row in r.rows()]
 
     def _advantages(self, prompts: list[Prompt], completions: list[list[Completion]], scores: Scores) -> _Round:
-        config = self.config
+        config, values = self.config, self.values
         rewards_PG = torch.tensor(scores.values_PG, dtype=torch.float64)
         lengths_PG = torch.tensor([[len(c.tokens) for c in group] for group in completions])
         penalties_PG = torch.zeros_like(rewards_PG)
-        if config.overlong_tokens:
-            penalties_PG = overlong_penalty(lengths_PG, config.sampling.max_tokens, config.overlong_tokens).double()
+        if values.overlong_tokens:
+            penalties_PG = overlong_penalty(lengths_PG, config.sampling.max_tokens, values.overlong_tokens).double()
         shaped_PG = rewards_PG + penalties_PG
-        if config.beta and config.kl_in == "reward":
+        if values.beta and values.kl_in == "reward":
             batch = Batch([p.tokens for p in prompts], [c.tokens for g in completions for c in g], _owners(completions))
             temperature = config.sampling.temperature
             now_T, ref_T = self.policy.score(batch, temperature), self.policy.reference(batch, temperature)
             kl_N = segment_sum(kl_values(now_T, ref_T, "k1"), lengths_PG.reshape(-1))
-            shaped_PG = shaped_PG - config.beta * kl_N.reshape(shaped_PG.shape).to(shaped_PG)
+            shaped_PG = shaped_PG - values.beta * kl_N.reshape(shaped_PG.shape).to(shaped_PG)
         valid_PG = rewards_PG.isfinite()
-        advantages_PG = group_advantages(shaped_PG, baseline=config.baseline, scale=config.scale, valid_PG=valid_PG)
+        advantages_PG = group_advantages(shaped_PG, baseline=values.baseline, scale=values.scale, valid_PG=valid_PG)
         high_P, low_P = dead_groups(rewards_PG, valid_PG)
         return _Round(prompts, completions, scores, advantages_PG, penalties_PG, valid_PG, high_P, low_P)
 
@@ -214,7 +213,7 @@ class GRPO:
             "groups": [
                 {
                     "prompt": self.prompts.index(group.prompt),
-                    "completions": [dataclasses.asdict(c) for c in group.completions],
+                    "completions": [_plain(c) for c in group.completions],
                     "advantages": group.advantages,
                 }
                 for group in unique.values()
@@ -227,7 +226,10 @@ class GRPO:
         groups = [
             Group(
                 self.prompts[row["prompt"]],
-                [Completion(**{**c, "tokens": tuple(c["tokens"]), "logps": tuple(c["logps"])}) for c in row["completions"]],
+                [
+                    Completion(**{**c, "tokens": tuple(c["tokens"]), "logps": tuple(c["logps"])})
+                    for c in row["completions"]
+                ],
                 row["advantages"],
             )
             for row in state["groups"]
@@ -268,6 +270,10 @@ class _Round:
         advantages_N = self.advantages_PG.reshape(-1).tolist()
         rows = sample_rows(self.prompts, self.completions, self.scores)
         return [row | {"advantage": a} for row, a in zip(rows, advantages_N, strict=True)]
+
+
+def _plain(completion: Completion) -> dict[str, Any]:
+    return dataclasses.asdict(completion) | {"tokens": list(completion.tokens), "logps": list(completion.logps)}
 
 
 def _batch(groups: list[Group]) -> tuple[Batch, Tensor, Tensor, int]:
@@ -320,33 +326,52 @@ def _mean(values: list[Any]) -> float:
 
 # -- variants: rows of values -----------------------------------------------------------------------------------------
 
-_GRPO = dict(
-    beta=0.0, kl_in="loss", kl_loss="k2", baseline="mean", scale="sample", ratio="token", loss="clip",
-    clip_low=0.2, clip_high=0.2, aggregate="token", dynamic_sampling=False, overlong_tokens=0,
-)  # fmt: skip
-VARIANTS: dict[str, dict[str, Any]] = {
-    # Shao et al. 2024 (DeepSeekMath), with the departures above
-    "grpo": _GRPO,
+
+@dataclass(frozen=True)
+class Variant:
+    """What sets one variant apart from another: GRPO's values (Shao et al. 2024) with the departures above. The fields
+    are explained where the recipe has them (`truecourse.recipe.Grpo`)."""
+
+    beta: float = 0.0
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_loss: Literal["k1", "k2", "k3"] = "k2"
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    scale: Literal["sample", "population", "batch", "none"] = "sample"
+    ratio: Literal["token", "sequence"] = "token"
+    loss: Literal["clip", "cispo", "reinforce"] = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregate: Literal["token", "sequence", "constant"] = "token"
+    dynamic_sampling: bool = False
+    overlong_tokens: int | None = 0
+    """None is a fifth of max_tokens."""
+
+
+VARIANTS: dict[str, Variant] = {
+    "grpo": Variant(),
     # Liu et al. 2025 (Understanding R1-Zero-like training): no std, a constant normaliser; both biases removed
-    "dr_grpo": _GRPO | dict(scale="none", aggregate="constant"),
-    # Yu et al. 2025 (DAPO): clip-higher, dynamic sampling; overlong_tokens is a fifth of max_tokens unless set
-    "dapo": _GRPO | dict(clip_high=0.28, dynamic_sampling=True, overlong_tokens=None),
+    "dr_grpo": Variant(scale="none", aggregate="constant"),
+    # Yu et al. 2025 (DAPO): clip-higher, dynamic sampling, soft punishment of length
+    "dapo": Variant(clip_high=0.28, dynamic_sampling=True, overlong_tokens=None),
     # Zheng et al. 2025 (GSPO), §5.1: sequence ratio, narrow clip range
-    "gspo": _GRPO | dict(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregate="sequence"),
+    "gspo": Variant(ratio="sequence", clip_low=3e-4, clip_high=4e-4, aggregate="sequence"),
     # MiniMax 2025 (MiniMax-M1), eq. 4–5: the clipped weight is detached, so every token keeps its gradient
-    "cispo": _GRPO | dict(loss="cispo", clip_low=1.0, clip_high=4.0),
+    "cispo": Variant(loss="cispo", clip_low=1.0, clip_high=4.0),
     # Ahmadian et al. 2024 (Back to basics): leave-one-out baseline, no scale, no clip, KL in the reward
-    "rloo": _GRPO | dict(
+    "rloo": Variant(
         baseline="leave_one_out", scale="none", loss="reinforce", aggregate="constant", kl_in="reward", beta=0.05
     ),
     # Hu et al. 2025 (REINFORCE++): no group baseline, advantages normalised over the whole batch, KL in the reward
-    "reinforce++": _GRPO | dict(baseline="none", scale="batch", kl_in="reward", beta=0.01),
-}  # fmt: skip
+    "reinforce++": Variant(baseline="none", scale="batch", kl_in="reward", beta=0.01),
+}
 
 
 def resolve(config: Grpo) -> Grpo:
-    """`config` with every setting that was left out filled in from its variant's row."""
-    row = dict(VARIANTS[config.variant])
+    """`config` with every setting that was left out filled in from its variant's row.
+
+    Raises `UserError` where a set value and the row contradict each other.
+    """
+    row = dataclasses.asdict(VARIANTS[config.variant])
     if row["overlong_tokens"] is None:
         row["overlong_tokens"] = config.sampling.max_tokens // 5
     full = dataclasses.replace(config, **{k: v for k, v in row.items() if getattr(config, k) is None})
@@ -356,3 +381,9 @@ def resolve(config: Grpo) -> Grpo:
             'use scale = "batch" or "none"'
         )
     return full
+
+
+def _values(config: Grpo) -> Variant:
+    """The resolved values of `config`, none of them missing."""
+    full = resolve(config)
+    return Variant(**{f.name: getattr(full, f.name) for f in dataclasses.fields(Variant)})

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-
 from truecourse.data.order import take
 from truecourse.data.sequences import Batch
 from truecourse.model.policy import Policy
@@ -80,5 +79,3 @@ class SFT:
 
 def _batch(rows: list[Demonstration]) -> Batch:
     return Batch([prompt for prompt, _ in rows], [completion for _, completion in rows], range(len(rows)))
-
-

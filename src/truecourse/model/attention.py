@@ -112,7 +112,8 @@ class Packed:
         self.predictors_T, self.targets_T = predictors.to(device), flat[first:].to(device)
         self.prompt_buckets = _buckets(list(range(n_prompts)), [(0, int(n)) for n in lengths[:n_prompts]])
         self.completion_buckets = _buckets(
-            list(range(n_prompts, len(sequences))), [(int(lengths[o]), int(n)) for o, n in zip(batch.owner, lengths[n_prompts:])]
+            list(range(n_prompts, len(sequences))),
+            [(int(lengths[o]), int(n)) for o, n in zip(batch.owner, lengths[n_prompts:])],
         )
         self._blocks = [_Block(rows, None, starts, lengths, positions, device) for rows in self.prompt_buckets]
         self._blocks += [_Block(rows, owner[torch.tensor(rows) - n_prompts], starts, lengths, positions, device)
@@ -144,7 +145,9 @@ def _buckets(rows: list[int], shapes: Sequence[tuple[int, int]]) -> list[list[in
 class _Block:
     """Some sequences of the row, padded to one rectangle, each seeing its prefix (its prompt) and itself."""
 
-    def __init__(self, rows: list[int], prefixes: Tensor | None, starts: Tensor, lengths: Tensor, positions: Tensor, device: Any):
+    def __init__(
+        self, rows: list[int], prefixes: Tensor | None, starts: Tensor, lengths: Tensor, positions: Tensor, device: Any
+    ):
         index = torch.tensor(rows)
         own, own_here = _rectangle(starts[index], lengths[index])
         keys, keys_here = own, own_here
@@ -207,4 +210,7 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     scores = torch.tanh(scores / rules.softcap) * rules.softcap
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return (
+        scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(value.dtype)
+        @ value
+    )

@@ -91,7 +91,9 @@ def _plain(source: str, path: Path, number: torch.dtype, quantize: bool, device:
     elif path.exists():
         raise UserError(f"model {source!r} is a file; give a Hugging Face folder or a .gguf file")
     elif looks_local and source != "tiny":
-        raise UserError(f"model {source!r} does not exist; give a Hugging Face folder, a hub id (owner/name), or a .gguf file")
+        raise UserError(
+            f"model {source!r} does not exist; give a Hugging Face folder, a hub id (owner/name), or a .gguf file"
+        )
     options: dict[str, Any] = {"dtype": number, "use_safetensors": True}
     if quantize:
         options |= _four_bit(device)
@@ -118,7 +120,10 @@ def _four_bit(device: torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
@@ -210,4 +215,7 @@ def _prepare_seam(model: Any, number: torch.dtype) -> tuple[bool, str]:
         return True, ""
     model.set_attn_implementation(own)
     reason = reason or f"packed log-probs differ from its own by {difference:.2g} nats"
-    return False, f"{type(model).__name__} runs on the padded path, which is slower and gives the same numbers ({reason})"
+    return (
+        False,
+        f"{type(model).__name__} runs on the padded path, which is slower and gives the same numbers ({reason})",
+    )

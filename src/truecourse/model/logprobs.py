@@ -77,7 +77,9 @@ def score(model: nn.Module, head: Head, batch: Batch, temperature: float = 1.0, 
         hidden_TD, targets_T = hidden_SD.index_select(0, layout.predictors_T), layout.targets_T
     else:
         hidden_TD, targets_T = _padded(model, batch, device)
-    return Scores(*_TokenScores.apply(hidden_TD, head.weight_VD, head.bias_V, targets_T, temperature, head.scale, head.softcap))
+    return Scores(
+        *_TokenScores.apply(hidden_TD, head.weight_VD, head.bias_V, targets_T, temperature, head.scale, head.softcap)
+    )
 
 
 def _padded(model: nn.Module, batch: Batch, device: Any) -> tuple[Tensor, Tensor]:
@@ -192,6 +194,8 @@ def seam_holds(model: nn.Module, head: Head) -> float:
         for o, completion in zip(batch.owner, batch.completions):
             row = torch.tensor([[*batch.prompts[o], *completion]], device=device)
             logits = model(input_ids=row, use_cache=False).logits[0, len(batch.prompts[o]) - 1 : -1]
-            theirs.append(logits.float().log_softmax(-1).gather(1, torch.tensor(completion, device=device)[:, None])[:, 0])
+            theirs.append(
+                logits.float().log_softmax(-1).gather(1, torch.tensor(completion, device=device)[:, None])[:, 0]
+            )
         model.set_attn_implementation(was)  # type: ignore[operator]
     return float((ours - torch.cat(theirs)).abs().max())

@@ -124,7 +124,10 @@ class Policy:
         if self._reference_kind == "offload":
             self._reference.to(self.device)
         head = head_of(self._reference)
-        parts = [score(self._reference, head, p.batch, temperature, packed=self.packed).logp_T for p in self.micro_batches(batch)]
+        parts = [
+            score(self._reference, head, p.batch, temperature, packed=self.packed).logp_T
+            for p in self.micro_batches(batch)
+        ]
         if self._reference_kind == "offload":
             self._reference.to("cpu")
         return torch.cat(parts)
@@ -148,7 +151,9 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Plain Hugging Face weights and tokenizer (with LoRA: a plain peft adapter folder)."""
         target = getattr(self.model, "peft", self.model)
-        target.save_pretrained(str(folder), safe_serialization=True) if target is not self.model else target.save_pretrained(str(folder))
+        target.save_pretrained(
+            str(folder), safe_serialization=True
+        ) if target is not self.model else target.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
     def state(self, *, moving_reference: bool = False) -> dict[str, Tensor]:
