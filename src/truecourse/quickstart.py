@@ -34,7 +34,7 @@ def run(seed: int, out: Path, quiet: bool = False) -> None:
     else:
         console.print(
             "GRPO on two-digit sums: 38+47= should give 85. "
-            "The start was trained on a few demonstrations; from here it sees its own answers and whether they are right.",
+            "The start has seen a few demonstrations; from here on it sees its own answers and whether they are right.",
             markup=False,
         )
         result = trainer.train(asked, quiet=quiet)

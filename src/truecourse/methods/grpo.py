@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from truecourse.data.order import take
 from truecourse.data.sequences import Batch, Completion, Prompt
 from truecourse.errors import UserError
+from truecourse.methods.rollouts import Group, Round, batch_of, dump, parse, rollout_metrics
 from truecourse.model.policy import Policy
 from truecourse.objective.advantages import dead_groups, group_advantages
 from truecourse.objective.kl import kl_values
@@ -45,19 +45,9 @@ from truecourse.recipe import Grpo
 from truecourse.rewards import Reward, Scores, check_failures
 from truecourse.rollout.engine import Engine
 from truecourse.run.loop import StepResult
-from truecourse.run.samples import real, sample_rows
 
 ROLES = ("policy", "reference", "reward")
 """Models held in memory while it trains."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """A prompt, its completions that have a reward, and their advantages."""
-
-    prompt: Prompt
-    completions: list[Completion]
-    advantages: list[float]
 
 
 class GRPO:
@@ -80,7 +70,7 @@ class GRPO:
             self._collect(step, phase, result)
         groups, started = self.shares.pop(0), time.perf_counter()
 
-        batch, advantages_N, sampler_logp_T, version = _batch(groups)
+        batch, advantages_N, sampler_logp_T, version = batch_of(groups)
         beta_loss = values.beta if values.kl_in == "loss" else 0.0
         temperature = config.sampling.temperature
         lengths_N = torch.tensor(batch.lengths_N)
@@ -150,7 +140,7 @@ class GRPO:
         """Sample, score, and turn rewards into advantages; with dynamic sampling, until enough groups are alive."""
         config, values = self.config, self.values
         kept: list[Group] = []
-        rounds: list[_Round] = []
+        rounds: list[Round] = []
         times = {"rollout": 0.0, "reward": 0.0}
         while True:
             indices = take(self.cursor, config.prompts_per_step, len(self.prompts), self.seed)
@@ -176,14 +166,15 @@ class GRPO:
         kept = kept[: config.prompts_per_step] or rounds[0].groups(only_alive=False)
         self.shares = [kept[i :: config.updates_per_rollout] for i in range(config.updates_per_rollout)]
         self.shares = [share for share in self.shares if share] * config.epochs
-        result.record |= _rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
+        result.record |= rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
         if values.dynamic_sampling:
             result.record["groups/resampled"] = len(rounds) - 1
         if values.overlong_tokens:
-            result.record["reward/overlong_penalty"] = _mean([v for r in rounds for v in _flat(r.penalties_PG)])
+            penalties = torch.cat([r.penalties_PG.reshape(-1) for r in rounds])
+            result.record["reward/overlong_penalty"] = float(penalties.mean())
         result.rollouts = [row for r in rounds for row in r.rows()]
 
-    def _advantages(self, prompts: list[Prompt], completions: list[list[Completion]], scores: Scores) -> _Round:
+    def _advantages(self, prompts: list[Prompt], completions: list[list[Completion]], scores: Scores) -> Round:
         config, values = self.config, self.values
         rewards_PG = torch.tensor(scores.values_PG, dtype=torch.float64)
         lengths_PG = torch.tensor([[len(c.tokens) for c in group] for group in completions])
@@ -192,7 +183,8 @@ class GRPO:
             penalties_PG = overlong_penalty(lengths_PG, config.sampling.max_tokens, values.overlong_tokens).double()
         shaped_PG = rewards_PG + penalties_PG
         if values.beta and values.kl_in == "reward":
-            batch = Batch([p.tokens for p in prompts], [c.tokens for g in completions for c in g], _owners(completions))
+            owners = [p for p, group in enumerate(completions) for _ in group]
+            batch = Batch([p.tokens for p in prompts], [c.tokens for group in completions for c in group], owners)
             temperature = config.sampling.temperature
             now_T, ref_T = self.policy.score(batch, temperature), self.policy.reference(batch, temperature)
             kl_N = segment_sum(kl_values(now_T, ref_T, "k1"), lengths_PG.reshape(-1))
@@ -200,128 +192,21 @@ class GRPO:
         valid_PG = rewards_PG.isfinite()
         advantages_PG = group_advantages(shaped_PG, baseline=values.baseline, scale=values.scale, valid_PG=valid_PG)
         high_P, low_P = dead_groups(rewards_PG, valid_PG)
-        return _Round(prompts, completions, scores, advantages_PG, penalties_PG, valid_PG, high_P, low_P)
+        return Round(prompts, completions, scores, advantages_PG, penalties_PG, valid_PG, high_P, low_P)
 
     # -- resume
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on besides the policy, as plain values: the cursor and the unspent rollout."""
-        unique: dict[int, Group] = {id(group): group for share in self.shares for group in share}
-        number = {key: i for i, key in enumerate(unique)}
-        return {
-            "cursor": self.cursor,
-            "groups": [
-                {
-                    "prompt": self.prompts.index(group.prompt),
-                    "completions": [_plain(c) for c in group.completions],
-                    "advantages": group.advantages,
-                }
-                for group in unique.values()
-            ],
-            "shares": [[number[id(group)] for group in share] for share in self.shares],
-        }
+        """What the next step depends on besides the policy: the cursor and the unspent rollout."""
+        return {"cursor": self.cursor, "rollout": dump(self.shares, self.prompts)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.cursor = state["cursor"]
-        groups = [
-            Group(
-                self.prompts[row["prompt"]],
-                [
-                    Completion(**{**c, "tokens": tuple(c["tokens"]), "logps": tuple(c["logps"])})
-                    for c in row["completions"]
-                ],
-                row["advantages"],
-            )
-            for row in state["groups"]
-        ]
-        self.shares = [[groups[i] for i in share] for share in state["shares"]]
+        self.shares = parse(state["rollout"], self.prompts)
         self.engine.update(self.policy.weights(), self.policy.version)
 
     def evaluate(self) -> dict[str, float]:
         return {}
-
-
-@dataclass(frozen=True)
-class _Round:
-    """One call of the engine: its completions with scores and advantages."""
-
-    prompts: list[Prompt]
-    completions: list[list[Completion]]
-    scores: Scores
-    advantages_PG: Tensor
-    penalties_PG: Tensor
-    valid_PG: Tensor
-    high_P: Tensor
-    low_P: Tensor
-
-    def groups(self, only_alive: bool) -> list[Group]:
-        found = []
-        for p, prompt in enumerate(self.prompts):
-            if only_alive and bool(self.high_P[p] | self.low_P[p]):
-                continue
-            keep = [g for g in range(len(self.completions[p])) if self.valid_PG[p, g]]
-            if keep:
-                chosen = [self.completions[p][g] for g in keep]
-                found.append(Group(prompt, chosen, [float(self.advantages_PG[p, g]) for g in keep]))
-        return found
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The records of its completions, with their advantages."""
-        advantages_N = self.advantages_PG.reshape(-1).tolist()
-        rows = sample_rows(self.prompts, self.completions, self.scores)
-        return [row | {"advantage": a} for row, a in zip(rows, advantages_N, strict=True)]
-
-
-def _plain(completion: Completion) -> dict[str, Any]:
-    return dataclasses.asdict(completion) | {"tokens": list(completion.tokens), "logps": list(completion.logps)}
-
-
-def _batch(groups: list[Group]) -> tuple[Batch, Tensor, Tensor, int]:
-    """The ragged batch of these groups, advantages `[N]`, the sampler's log-probs `[T]`, the version sampled from."""
-    completions = [c for group in groups for c in group.completions]
-    owner = [i for i, group in enumerate(groups) for _ in group.completions]
-    batch = Batch([g.prompt.tokens for g in groups], [c.tokens for c in completions], owner)
-    advantages_N = torch.tensor([a for group in groups for a in group.advantages])
-    return batch, advantages_N, torch.tensor([p for c in completions for p in c.logps]), completions[0].version
-
-
-def _rollout_metrics(rounds: list[_Round]) -> dict[str, float]:
-    completions = [c for r in rounds for group in r.completions for c in group]
-    values = [v for r in rounds for v in _flat(r.scores.values_PG) if real(v) is not None]
-    mean = _mean(values)
-    metrics = {
-        "reward/mean": mean,
-        "reward/std": (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5,
-    }
-    for name in rounds[0].scores.parts:
-        scored = [v for r in rounds for v in _flat(r.scores.parts[name]) if real(v) is not None]
-        if scored:
-            metrics[f"reward/{name}"] = _mean(scored)
-    lengths = [len(c.tokens) for c in completions]
-    groups = [group for r in rounds for group in r.completions]
-    return metrics | {
-        "reward/failed": sum(len(r.scores.failures) for r in rounds),
-        "groups/zero_std_high": float(torch.cat([r.high_P for r in rounds]).float().mean()),
-        "groups/zero_std_low": float(torch.cat([r.low_P for r in rounds]).float().mean()),
-        "length/mean": _mean(lengths),
-        "length/max": max(lengths),
-        "length/truncated": _mean([c.stop == "length" for c in completions]),
-        "diversity": _mean([len({c.tokens for c in group}) / len(group) for group in groups]),
-        "tokens/prompt": sum(len(p.tokens) for r in rounds for p in r.prompts),
-        "tokens/completion": sum(lengths),
-    }
-
-
-def _owners(completions: list[list[Completion]]) -> list[int]:
-    return [p for p, group in enumerate(completions) for _ in group]
-
-
-def _flat(values_PG: Any) -> list[float]:
-    return [float(v) for row in values_PG for v in row]
-
-
-def _mean(values: list[Any]) -> float:
-    return float(sum(values) / len(values)) if values else float("nan")
 
 
 # -- variants: rows of values -----------------------------------------------------------------------------------------
