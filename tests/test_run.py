@@ -404,6 +404,12 @@ def test_a_kill_before_each_single_system_call_leaves_a_whole_one(tmp_path: Path
         assert found is not None and found[0] in ((2,) if again else (2, 3))
         assert content(found[1]) in ({"b"}, {"c"}) and len(list(found[1].rglob("*.bin"))) == 3
         assert found[0] == 2 or content(found[1]) == {"c"}
+        assert [checkpoint.verify(path) for _, path in checkpoint.found(run)] == [None] * len(checkpoint.found(run))
+        with RunDirectory(run).lock():
+            assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+                f"step-{n}" for n in checkpoint.steps(run)
+            ]
+            assert checkpoint.latest(run, silent) == (found[0], run / "checkpoints" / f"step-{found[0]}")
         checkpoint.save(run, 4, filled("d"))
         assert checkpoint.latest(run, silent) == (4, run / "checkpoints" / "step-4")
         assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
@@ -536,6 +542,7 @@ def test_any_refusal_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch, cal
                 assert os.strerror(code) in str(error) and "checkpoints/step-" in str(error)
                 found = checkpoint.latest(tmp_path, silent)
                 assert found is not None and content(found[1]) in ({"a"}, {"b"})
+                assert found[1].name == f"step-{found[0]}"
                 assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
             else:
                 if left[0] >= 0:  # fewer calls than that: every one of them has been refused
@@ -696,14 +703,16 @@ def test_tensorboard_holds_the_records_and_a_resume_goes_on(run: RunDirectory) -
     def record(step: int) -> dict:
         return {"step": step, "method": "grpo", "flag": True, "reward/mean": step / 2, "tokens/prompt": step}
 
-    first = trackers.tracker("tensorboard", run.path, RECIPE)
-    for step in range(1, 8):
-        first.log(step, record(step))  # then killed at 7, after a checkpoint of step 5: no close()
+    if (pid := os.fork()) == 0:
+        first = trackers.tracker("tensorboard", run.path, RECIPE)
+        for step in range(1, 8):
+            first.log(step, record(step))
+        os.kill(os.getpid(), signal.SIGKILL)  # at step 7, with a checkpoint of step 5
+    os.waitpid(pid, 0)
     second = trackers.tracker("tensorboard", run.path, RECIPE, step=5)
     for step in range(6, 9):
         second.log(step, record(step))
     second.close()
-    first.close()
     events = EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["reward/mean", "tokens/prompt"]

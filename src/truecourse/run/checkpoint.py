@@ -78,13 +78,20 @@ def prune(run_dir: str | Path, keep: Collection[int]) -> None:
 
 
 def drop_after(run_dir: str | Path, step: int) -> None:
-    """Remove the checkpoints of later steps than `step`, newest first, and what killed writes left."""
-    root = Path(run_dir) / "checkpoints"
+    """Remove the checkpoints of later steps than `step`, newest first."""
     for later, path in found(run_dir):
         if later > step:
             _remove(path)
-    if root.is_dir():
-        _tidy(root)
+
+
+def tidy(run_dir: str | Path) -> None:
+    """Clear what killed writes left; for the holder of the run's lock alone, before it reads or writes anything."""
+    root = Path(run_dir) / "checkpoints"
+    try:
+        if root.is_dir():
+            _tidy(root)
+    except OSError as error:
+        raise CheckpointError(disk_message("clear", root, error)) from error
 
 
 def _seal(folder: Path, step: int) -> None:
@@ -116,7 +123,7 @@ def _remove(path: Path) -> None:
 
 
 def _tidy(root: Path) -> None:
-    """Clear what killed writes left: half-written folders go, an old checkpoint that was not replaced comes back."""
+    """Half-written folders go; an old checkpoint whose replacement never came gets its name back."""
     for path in root.glob(".step-*.old"):
         final = root / path.name[1:].removesuffix(".old")
         if final.exists():

@@ -104,7 +104,7 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the directory for this process; the kernel lets go when it ends, however it ends.
 
-        Raises `UserError` naming the process that holds it.
+        What a killed holder left of a checkpoint is cleared first. Raises `UserError` naming the process that holds it.
         """
         path = self.path / "lock"
         try:
@@ -127,6 +127,7 @@ class RunDirectory:
                 raise RunError(f"cannot lock {path}: {error.strerror}; this file system has no file locks") from error
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            checkpoint.tidy(self.path)
             yield
             if held:
                 os.ftruncate(fd, 0)
