@@ -103,7 +103,7 @@
       if (f.method) parts.push(method(f.method) + (f.model ? ` on ${f.model}` : ""));
       parts.push(h("span", { class: statusClass(f.status) }, f.status));
       if (has(f.seed)) parts.push(`seed ${f.seed}`);
-      parts.push(`${amount(f.steps)} steps`);
+      parts.push(`${amount(f.steps)} ${f.steps === 1 ? "step" : "steps"}`);
       if (isNum(f.seconds)) parts.push(seconds(f.seconds));
     }
     document.getElementById("subtitle").append(...parts.map((p) => h("span", null, p)));
@@ -347,9 +347,9 @@
       }
     }
     valueText(l, s, i) { return KIND[l.kind](this.u.data[s][i]); }
-    clip(u, fn) {
-      const c = u.ctx, b = u.bbox;
-      c.save(); c.beginPath(); c.rect(b.left, b.top, b.width, b.height); c.clip(); fn(c, uPlot.pxRatio || devicePixelRatio || 1); c.restore();
+    clip(u, fn, margin = 0) {
+      const c = u.ctx, b = u.bbox, px = uPlot.pxRatio || devicePixelRatio || 1, m = margin * px;
+      c.save(); c.beginPath(); c.rect(b.left - m, b.top - m, b.width + 2 * m, b.height + 2 * m); c.clip(); fn(c, px); c.restore();
     }
     // Under the lines: where a stage begins, and the gold's 95 % interval as a band.
     underlay(u) {
@@ -380,7 +380,7 @@
           c.strokeStyle = css(l.color); c.lineWidth = 1.5 * px; c.beginPath();
           c.arc(u.valToPos(best.best_step, "x", true), u.valToPos(best.best, l.scale || "y", true), 6.5 * px, 0, 2 * Math.PI); c.stroke();
         }
-      });
+      }, 8);
     }
   }
 
@@ -421,6 +421,11 @@
       o.scales.x.range = (u, a, b) => (this.zoomX ? this.zoomX : [0, hi > 0 ? hi * 1.03 : 1]);
       o.axes[0].incrs = undefined; o.axes[0].values = (u, v) => axisText("number", v);
       o.cursor.sync = undefined;
+      // the join keeps one value where two points share a distance: the scales come from the paths
+      for (const k of ["y", "y2"]) if (o.scales[k]) {
+        const ys = this.lines.filter((l) => (l.scale || "y") === k).flatMap((l) => l.path.flatMap((p) => p.slice(2))).filter(isNum);
+        o.scales[k].range = () => uPlot.rangeNum(Math.min(...ys), Math.max(...ys), 0.08, true);
+      }
       o.cursor.bind.dblclick = () => () => { this.zoomX = null; this.u.setScale("x", { min: 0, max: 1 }); return null; };
       o.hooks.setSelect = [(u) => { if (u.select.width > 0) {
         this.zoomX = [u.posToVal(u.select.left, "x"), u.posToVal(u.select.left + u.select.width, "x")];
