@@ -13,6 +13,7 @@ from typing import Any
 from truecourse.data.sequences import Completion, Prompt
 from truecourse.errors import UserError
 from truecourse.recipe import RewardPart
+from truecourse.rewards.builtins import BUILTINS
 from truecourse.rewards.calls import Call, Caller, Outcome
 from truecourse.rewards.forms import BadScore, Form, Score, form_of, load, nearest, read_batch, read_score
 
@@ -99,9 +100,12 @@ def check_failures(scores: Scores, limit: float) -> None:
     raise RewardError(
         f"reward {label!r} failed on {len(failures)} of {total} completions ({len(failures) / total:.1%}; the limit is "
         f"{limit:.1%} of them). First: prompt {first.prompt_index}, sample {first.sample}: {first.reason}. "
-        f"To go on: {fix}, or allow a larger share with max_reward_failures",
+        f"To go on: {fix}" + (", or allow a larger share with max_reward_failures" if limit else ""),
         next((f.traceback for f in failures if f.traceback), ""),
     )
+
+
+_TAKEN = ("mean", "std", "failed")
 
 
 @dataclass
@@ -201,11 +205,13 @@ def build(
             raise UserError(f"two rewards are called {label!r}; give one of them another `name`")
         if "/" in label:
             raise UserError(f"{where}: a name cannot hold '/', which separates a part from its own parts")
+        if label in _TAKEN:
+            raise UserError(f"{where}: reward/{label} is a metric of the whole reward; give this part another `name`")
         if not math.isfinite(part.weight):
             raise UserError(f"{where}: weight = {part.weight} must be a finite number")
         target = load(part, base, modules)
         deadline = getattr(target, "deadline", None)
-        if isinstance(deadline, int | float) and deadline >= part.timeout:
+        if part.use in BUILTINS and deadline is not None and deadline >= part.timeout:
             raise UserError(f"{where}: timeout = {part.timeout:g} must be above its deadline = {deadline:g}")
         form = form_of(target, where)
         made.append(_Part(label, part.weight, target, form, Caller(label, part.timeout, is_async=form.is_async)))
