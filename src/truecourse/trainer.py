@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from truecourse.data import formats, sources
 from truecourse.data.sequences import Prompt
 from truecourse.data.split import split
 from truecourse.data.template import Template, load_chat_template
-from truecourse.errors import UserError
+from truecourse.errors import RunError, UserError
 from truecourse.methods import grpo, sft
 from truecourse.model import loading
 from truecourse.model.loading import Loaded
@@ -25,7 +27,7 @@ from truecourse.recipe import load as load_recipe
 from truecourse.rollout.local import LocalEngine
 from truecourse.run import checkpoint, trackers
 from truecourse.run.directory import RunDirectory
-from truecourse.run.environment import environment
+from truecourse.run.environment import differences, environment
 from truecourse.run.gold import Gold
 from truecourse.run.interrupt import StopFlag
 from truecourse.run.loop import Loop
@@ -49,6 +51,7 @@ def train(recipe: Recipe | str | Path, *, quiet: bool = False) -> Result:
     recipe = resolve(recipe.check())
     RunDirectory.check_free(recipe.out)
     settle(recipe)
+    trackers.check(recipe.tracker)
     first = Built(recipe, 0, recipe.model)  # whatever is wrong with the first stage shows before the run exists
     run = RunDirectory.create(recipe.out, recipe, environment())
     return _run(run, recipe, quiet, first)
@@ -59,6 +62,8 @@ def resume(path: str | Path, *, quiet: bool = False) -> Result:
     run = RunDirectory.open(path)
     recipe = run.recipe()
     settle(recipe)
+    for difference in differences(run.environment(), environment()):
+        print(f"warning: {difference}, so the result may not be the same to the bit", file=sys.stderr)
     return _run(run, recipe, quiet, None)
 
 
@@ -105,9 +110,9 @@ def settle(recipe: Recipe) -> None:
 def _run(run: RunDirectory, recipe: Recipe, quiet: bool, first: Built | None) -> Result:
     with run.lock(), StopFlag() as flag:
         found = checkpoint.latest(run.path)
-        begin, folder = (0, None) if found is None else (checkpoint.load_state(found[1])[1]["stage"], found[1])
+        begin, folder = (0, None) if found is None else (checkpoint.load_json(found[1])["stage"], found[1])
         run.rewind(-1 if found is None else found[0], begin)
-        tracker = trackers.tracker(recipe.tracker, run.path, recipe)
+        tracker = trackers.tracker(recipe.tracker, run.path, recipe, step=found[0] if found else 0)
         total = sum(stage.steps for stage in recipe.stage)
         status = "failed"
         try:
@@ -118,6 +123,8 @@ def _run(run: RunDirectory, recipe: Recipe, quiet: bool, first: Built | None) ->
                 offset = _offset(recipe, index)
                 title = f"{built.stage.method} {Path(recipe.out).name}"
                 with Progress(total, offset, title, quiet=quiet) as display:
+                    flag.notify = display.note
+                    display.recall(e for e in run.evals() if e.get("stage") == index)
                     if built.loaded.note:
                         display.note(built.loaded.note)
                     loop = Loop(
@@ -126,15 +133,17 @@ def _run(run: RunDirectory, recipe: Recipe, quiet: bool, first: Built | None) ->
                     )  # fmt: skip
                     done = loop.restore(folder) if folder and index == begin else 0
                     status = loop.go(done, resumed=bool(folder) and index == begin)
+                if flag.requested and index + 1 < len(recipe.stage):
+                    status = "interrupted"
                 if status == "interrupted":
                     break
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except BaseException as error:
+            with contextlib.suppress(RunError):  # on a full disk the first error is the one to show
+                run.summarise("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         finally:
             tracker.close()
-            summary = run.summarise(status)
-    return Result(run.path, summary)
+        return Result(run.path, run.summarise(status))
 
 
 def _offset(recipe: Recipe, index: int) -> int:

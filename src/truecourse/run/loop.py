@@ -107,13 +107,13 @@ class Loop:
             if at % stage.gold_every == 0 or last:
                 before, best = best, self._measure(at, best)
                 is_best = best != before
-            every = stage.checkpoint_every or stage.gold_every
-            if last or is_best or at % every == 0 or self.stopping() or self._reached(best):
+            every, stopping = stage.checkpoint_every or stage.gold_every, self.stopping()
+            if last or is_best or at % every == 0 or stopping or self._reached(best):
                 self.save(at, best)
             if self._reached(best) and not last:
                 self.display.note(f"the gold reached stop_at = {stage.stop_at:g} at step {step}")
                 return "stopped"
-            if self.stopping() and not last:
+            if stopping and not last:
                 return "interrupted"
         return "finished"
 
