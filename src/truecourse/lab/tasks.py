@@ -2,10 +2,9 @@
 
     sums            two-digit additions to train on, as chats with the column `answer`
     sums-held-out   500 others, of which neither a + b nor b + a is in `sums`
-    sums-demos      demonstrations of a few of `sums`: what the shipped model was fine-tuned on
+    sums-demos      demonstrations of 250 of `sums`: what the shipped model was fine-tuned on
 
-The sum is written with its least significant digit first (47 + 38 = 85 is "58"), the order in which carrying works, so
-that a model of 0.1 M parameters can learn it in seconds (Lee et al. 2023, "Teaching arithmetic to small transformers").
+The sum of 47 and 38 is asked as `47+38=` and answered `85`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def _sides() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def _sum(a: int, b: int) -> dict[str, Any]:
     return {
         "prompt": [{"role": "user", "content": f"{a}+{b}="}],
-        "answer": str(a + b)[::-1],
+        "answer": str(a + b),
         "split_key": f"{min(a, b)}+{max(a, b)}",
     }
 
