@@ -284,11 +284,15 @@ def test_missing_metrics_are_absent_and_broken_ones_are_said(tmp_path):
     records[3] |= {"kl/ref": 0.5, "loss": float("nan")}
     records[5] |= {"kl/ref": None, "tag": "odd"}
     write_jsonl(tmp_path / "metrics.jsonl", records)
+    records[7]["loss"] = "Infinity"  # as the run directory, which is strict JSON, writes it
+    write_jsonl(tmp_path / "metrics.jsonl", records)
     content = embedded(build([tmp_path]))["runs"][0]
     assert content["metrics"]["kl/ref"] == [None] * 3 + [0.5] + [None] * 6
-    assert content["metrics"]["loss"][3] == "NaN" and content["metrics"]["loss"][4] == 5
+    assert (
+        content["metrics"]["loss"][3] == content["metrics"]["loss"][7] == "NaN" and content["metrics"]["loss"][4] == 5
+    )
     assert "reward/mean" not in content["metrics"] and content["figures"]["reward"] is None
-    assert any("loss is not finite" in n and "step 4" in n for n in content["notes"])
+    assert any("loss is not finite" in n and "2 steps, the first at 4" in n for n in content["notes"])
     assert any("tag" in n for n in content["notes"])
 
 

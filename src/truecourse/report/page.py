@@ -109,18 +109,18 @@ def figures(run: Run) -> Record:
         "model": recipe.get("model"),
         "seed": recipe.get("seed"),
         "steps": records[-1]["step"] if records else 0,
-        "seconds": sum(r["time/step"] for r in records if _finite(r.get("time/step"))) or None,
+        "seconds": sum(_seconds(r) for r in [*records, *run.evals]) or None,
         "tokens": sum(v for r in records for k, v in r.items() if k in _TOKENS and _finite(v)) or None,
         "gold": {name: _first_last_best(run.evals, name) for name in _gold_names(run.evals)},
         "reward": {"first": rewards[0], "last": rewards[-1]} if rewards else None,
         "kl_ref": kls[-1] if kls else None,
     }
     merged = derived | {k: v for k, v in summary.items() if k in derived and v not in (None, {}, "")}
-    if isinstance(merged["method"], list):
-        merged["method"] = " then ".join(map(str, merged["method"]))
+    if len(methods) > 1:
+        merged["method"] = derived["method"]  # the summary's own is the last stage's
+    if merged["reward"] and merged["reward"].get("last") is None:
+        merged["reward"] = None
     merged["status"] = summary.get("status", "no summary")
-    if isinstance(merged["tokens"], dict):  # by kind
-        merged["tokens"] = sum(v for v in merged["tokens"].values() if _finite(v))
     if not summary and records:
         run.notes.append(
             f"There is no summary.json: the run is still going, or was killed. The figures are those of the records "
@@ -139,6 +139,13 @@ def figures(run: Run) -> Record:
             "Add a [[stage.gold]] part to the recipe."
         )
     return _round(merged)
+
+
+def _seconds(record: Record) -> float:
+    """Wall time that a record accounts for: its whole step, or the sum of its phases."""
+    if _finite(whole := record.get("time/step")):
+        return whole
+    return sum(v for k, v in record.items() if k.startswith("time/") and _finite(v))
 
 
 _TOKENS = ("tokens/prompt", "tokens/completion")
@@ -236,7 +243,7 @@ def frontier(run: Run) -> list[Record]:
 
     The proxy's points [step, √KL, reward] are means of stretches of steps. A record of step s measures the policy
     before that update, so the gold of step s, [step, √KL, gold, low, high], is placed at the mean kl/ref of the five
-    records about s + 1. A stage without reward, KL or gold has no entry.
+    records about s + 1. A stage without reward or gold, or whose KL is zero throughout, has no entry.
     """
     entries = []
     measured = [r for r in run.metrics if _finite(r.get("kl/ref")) and _finite(r.get("reward/mean"))]
@@ -257,7 +264,7 @@ def frontier(run: Run) -> list[Record]:
                 if _finite(y := record[f"gold/{name}"]):
                     low, high = (_value(record.get(f"gold/{name}/{end}")) for end in ("low", "high"))
                     gold.setdefault(name, []).append([record["step"], root, y, low, high])
-        if gold:
+        if gold and any(root for _, root, _ in proxy):
             entries.append({"stage": stage, "stretch": stretch, "proxy": proxy, "gold": gold})
     return _round(entries)
 

@@ -7,6 +7,7 @@ left out and said so in `notes`. Anything else that does not parse is a `UserErr
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ Record = dict[str, Any]
 
 MARKS = ("recipe.toml", "metrics.jsonl", "summary.json", "evals.jsonl")
 """A directory that holds none of these is not a run."""
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How a record, which is strict JSON, writes what JSON has no number for."""
 
 ROLLOUT = re.compile(r"step-(\d+)\.jsonl|gold-(\d+)\.jsonl")
 
@@ -100,7 +104,8 @@ def _by_step(run: Run, name: str, key: Any) -> list[Record]:
     """The records of a file in order of their key; of records that repeat one, the last written stands."""
     records = jsonl(run.path / name, run.notes)
     kept: dict[tuple[int, ...], Record] = {}
-    for i, record in enumerate(records):
+    for i, line in enumerate(records):
+        record = {k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
         if not isinstance(record.get("step"), int):
             raise UserError(f"{run.path / name}, record {i + 1}: `step` is missing or not an integer")
         kept[key(record)] = record

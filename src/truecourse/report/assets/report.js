@@ -63,15 +63,22 @@
     "reward/mean": ["Reward", "", "number", "Mean reward of a step's completions."],
     "reward/std": ["Spread of the reward", "", "number", "Standard deviation of the reward; near zero there is nothing left to learn from."],
     "kl/ref": ["KL to the reference", "nats / sequence", "small", "How far the policy has gone from its reference; steady growth is usual, a sudden climb is not."],
-    "kl/update": ["KL of one update", "nats", "small", "How far one optimiser step moves the policy; spikes mean that the steps are too large."],
-    "kl/sampler": ["Sampler against trainer", "nats", "small", "KL between the policy that sampled and the one being trained; it must stay near zero."],
+    "kl/ref_k1": ["KL to the reference, k1", "nats / sequence", "small", "The plain estimate, which may fall below zero; far from the other, both are noisy."],
+    "kl/update": ["KL of one update", "nats / sequence", "small", "How far one optimiser step moves the policy; spikes mean that the steps are too large."],
+    "kl/sampler": ["Sampler against trainer", "nats / token", "small", "KL between the policy that sampled and the one being trained; it must stay near zero."],
     "clip/fraction": ["Clipped ratios", "% of tokens", "share", "Where the importance ratio leaves the clip range; zero while each rollout is used once, above 20 % the steps are too large."],
     "entropy": ["Entropy", "nats per token", "number", "How undecided the policy is; a fall toward zero means that it has stopped exploring."],
     "length/mean": ["Length", "tokens", "tokens", "Mean tokens of a completion; growth without gold means that the reward pays for length."],
     "length/truncated": ["Cut at the limit", "% of completions", "share", "Completions that hit max_tokens without ending; a rise means that the limit is too short or that endings are being lost."],
     "groups/zero_std_high": ["Groups all high", "% of groups", "share", "Every completion of the prompt scores the same, high; too easy to teach anything."],
     "groups/zero_std_low": ["Groups all low", "% of groups", "share", "Every completion of the prompt scores the same, low; too hard to teach anything."],
-    "diversity": ["Diversity", "", "number", "How different the completions of one prompt are; a fall means that the policy repeats itself."],
+    "groups/resampled": ["Extra rollouts", "per step", "tokens", "Rounds of sampling added in place of groups without a signal."],
+    "diversity": ["Diversity", "% of a group", "share", "Distinct completions among those of one prompt; a fall means that the policy repeats itself."],
+    "reward/failed": ["Failed scores", "completions", "tokens", "Completions that the reward could not score; they are left out of the step."],
+    "ess": ["Effective sample size", "%", "share", "How much of the batch counts under the importance weights between sampler and trainer; 100 % where they agree."],
+    "length/max": ["Longest completion", "tokens", "tokens", "Tokens of the longest completion of a step."],
+    "epoch": ["Epoch", "passes", "number", "Passes over the demonstrations so far."],
+    "tokens/trained": ["Trained tokens", "per step", "tokens", "Tokens that the loss is taken over in one step."],
     "loss": ["Loss", "", "number", "The stage's own objective: in SFT it should fall; in GRPO only sudden jumps mean anything."],
     "accuracy/token": ["Token accuracy", "% of tokens", "share", "Demonstration tokens that the model ranks first."],
     "grad_norm": ["Gradient norm", "before scaling down", "number", "Spikes come before trouble; a norm that is always above the limit asks for a lower learning rate."],
@@ -186,14 +193,14 @@
     for (let i = 0; i < ys.length; i++) if (ys[i] !== null) { X.push(t.step[i]); Y.push(isNum(ys[i]) ? ys[i] : null); }
     return Y.some((y) => y !== null) ? [X, Y] : null;
   }
-  // A gold's measurements, one entry per stage: the end of a stage and the start of the next share a step.
-  function goldPoints(run, name) {
-    const t = run.evals, ys = t["gold/" + name], stages = new Map();
+  // Measurements on held-out prompts, one entry per stage: the end of a stage and the start of the next share a step.
+  function evalPoints(run, key) {
+    const t = run.evals, ys = t[key] || [], stages = new Map();
     ys.forEach((y, i) => {
       if (!isNum(y)) return;
       const stage = t.stage ? t.stage[i] : 0;
       if (!stages.has(stage)) stages.set(stage, { x: [], y: [], low: [], high: [] });
-      const s = stages.get(stage), end = (e) => { const c = t[`gold/${name}/${e}`]; return c && isNum(c[i]) ? c[i] : null; };
+      const s = stages.get(stage), end = (e) => { const c = t[`${key}/${e}`]; return c && isNum(c[i]) ? c[i] : null; };
       s.x.push(t.step[i]); s.y.push(y); s.low.push(end("low")); s.high.push(end("high"));
     });
     return [...stages.values()];
@@ -221,7 +228,7 @@
     const base = { stroke: () => css("--muted"), font: FONT, ticks: { show: false }, border: { show: false } };
     return [
       { ...base, grid: { show: false }, size: 26, gap: 4, values: (u, v) => v.map((x) => (Number.isInteger(x) ? x.toLocaleString("en-US") : x)), incrs: WHOLE },
-      { ...base, stroke: () => (color ? css(color) : css("--muted")), grid: { stroke: () => css("--grid"), width: 1 }, size: 46, gap: 4, space: 32, values: (u, v) => axisText(kind, v), ...(kind === "bytes" ? { incrs: BINARY } : {}) },
+      { ...base, stroke: () => (color ? css(color) : css("--muted")), grid: { stroke: () => css("--grid"), width: 1 }, size: (u, texts) => Math.max(46, 10 + 6.2 * Math.max(0, ...(texts || []).map((t) => t.length))), gap: 4, space: 32, values: (u, v) => axisText(kind, v), ...(kind === "bytes" ? { incrs: BINARY } : {}) },
       ...(right ? [{ ...base, scale: "y2", side: 1, stroke: () => css(right.color), grid: { show: false }, size: 46, gap: 4, space: 32, values: (u, v) => axisText(right.kind, v) }] : []),
     ];
   }
@@ -229,13 +236,15 @@
     return (u, lo, hi) => {
       if (!isNum(lo) || !isNum(hi)) return [0, 1];
       if (kind === "share") return [0, hi <= 0 ? 0.05 : Math.min(Math.max(1, hi), hi * 1.1)];
-      if (kind === "number" || kind === "small") return uPlot.rangeNum(lo, hi, 0.08, true);
+      if (lo === 0 && hi === 0) return [0, 1];
+      if (kind === "small") return [lo < 0 ? lo * 1.1 : 0, Math.max(0, hi * 1.1)];
+      if (kind === "number") return uPlot.rangeNum(lo, hi, 0.08, true);
       return [0, hi > 0 ? hi * 1.1 : 1];
     };
   }
   const DASH = [[], [6, 4], [2, 3], [9, 3, 2, 3]];
 
-  const EXACT = new Set(["lr", "memory/peak"]);  // no noise to smooth
+  const EXACT = new Set(["lr", "memory/peak", "epoch"]);  // no noise to smooth
   // One line of a chart: a metric of a run, drawn twice where it is smoothed (as recorded, faintly, and its average).
   const line = (run, i, key, label, color, more = {}) => ({ run, label, color, key, table: column(run, key), kind: about(key)[2], dash: DASH[Math.floor(MANY ? i / 8 : 0) % 4], ...more });
 
@@ -292,7 +301,7 @@
           const [X, Y] = l.table, smooth = EXACT.has(l.key) ? Y : ema(X, Y, smoothing, l.run), sparse = Y.length < 40;
           const gaps = (u, s, i0, i1, nulls) => {
             const extra = l.run.stages.slice(1).map((stage, j) => [u.valToPos(l.run.stages[j].last, "x", true), u.valToPos(stage.first, "x", true)]);
-            return nulls.concat(extra.map((p) => p.map(Math.round))).sort((a, b) => a[0] - b[0]);
+            return nulls.concat(extra.map(([a, b]) => [Math.round(a), Math.round(b) + 1])).sort((a, b) => a[0] - b[0]);
           };
           const common = { scale: l.scale, dash: l.dash, gaps, points: sparse ? { size: 4, fill: color } : { show: false } };
           put(l, X, Y, { ...common, stroke: color, width: 1, alpha: l.thin ? 0.1 : MANY ? 0.18 : 0.28, points: { show: false }, range: true });
@@ -355,9 +364,10 @@
     underlay(u) {
       this.clip(u, (c, px) => {
         if (!MANY) for (const s of RUNS[0].stages.length > 1 ? RUNS[0].stages : []) {
-          const x = Math.max(u.valToPos(s.first, "x", true), u.bbox.left + px);
-          c.strokeStyle = css("--line"); c.lineWidth = px; c.setLineDash([3 * px, 3 * px]);
-          c.beginPath(); c.moveTo(x, u.bbox.top); c.lineTo(x, u.bbox.top + u.bbox.height); c.stroke(); c.setLineDash([]);
+          const begins = s === RUNS[0].stages[0], x = begins ? u.bbox.left : u.valToPos(s.first - 0.5, "x", true);
+          c.strokeStyle = css("--muted"); c.globalAlpha = 0.5; c.lineWidth = px; c.setLineDash([3 * px, 3 * px]);
+          if (!begins) { c.beginPath(); c.moveTo(x, u.bbox.top); c.lineTo(x, u.bbox.top + u.bbox.height); c.stroke(); }
+          c.setLineDash([]); c.globalAlpha = 1;
           if (this.size) { c.fillStyle = css("--muted"); c.font = FONT.replace("11px", `${11 * px}px`); c.textAlign = "left"; c.textBaseline = "top"; c.fillText(METHOD[s.method] || s.method || `stage ${s.stage}`, x + 4 * px, u.bbox.top + 2 * px); }
         }
         for (const l of this.lines) if (l.gold && !this.hidden.has(l)) for (const g of l.gold) {
@@ -540,8 +550,8 @@
     const add = (spec, more) => spec && new Chart(grid, { ...spec, ...more });
     const heldOut = (spec, key) => {  // a measurement's own length beside the training samples'
       if (!spec || MANY) return spec;
-      const table = column(RUNS[0], key, "evals");
-      if (table && !RUNS[0].evals.stage) { spec.lines[0].label = "training samples"; spec.lines.push({ run: RUNS[0], label: "held-out (gold)", color: "--c1", kind: spec.kind, dash: [], gold: [{ x: table[0], y: table[1], low: [], high: [] }] }); }
+      const gold = evalPoints(RUNS[0], key);
+      if (gold.length) { spec.lines[0].label = "training samples"; spec.lines.push({ run: RUNS[0], label: "held-out (gold)", color: "--c1", kind: spec.kind, dash: [], gold }); }
       return spec;
     };
 
@@ -551,7 +561,7 @@
       RUNS.forEach((r, i) => {
         if (column(r, "reward/mean")) { lines.push(line(r, i, "reward/mean", MANY ? `${r.name}, reward` : "reward", MANY ? color(i) : "--c0", { thin: MANY })); grow(extent.r, lines[lines.length - 1].table[1]); }
         goldNames(r).forEach((g, j) => {
-          const gold = goldPoints(r, g);
+          const gold = evalPoints(r, "gold/" + g);
           if (!gold.length) return;
           lines.push({ run: r, label: MANY ? `${r.name}, gold ${g}` : `gold: ${g}`, color: MANY ? color(i) : color(j ? j + 1 : 1), dash: MANY ? DASH[j ? 1 : 0] : [], kind: "number", gold, best: (r.figures.gold || {})[g], isGold: true });
           gold.forEach((s) => [s.y, s.low, s.high].forEach((c) => grow(extent.g, c)));
@@ -577,14 +587,19 @@
         caption: `Distance in √nats per sequence. A gold that bends down while the reward goes on rising shows where to stop.${scaleNote}` });
     });
     group("Reward in detail", "", () => {
-      const parts = [...keys].filter((k) => k.startsWith("reward/") && !["reward/mean", "reward/std"].includes(k));
+      const parts = [...keys].filter((k) => k.startsWith("reward/") && !["reward/mean", "reward/std", "reward/failed"].includes(k));
+      if (parts.length === 1 && RUNS.every((r) => String(r.metrics[parts[0]]) === String(r.metrics["reward/mean"]))) used.add(parts.pop());
       if (MANY) parts.forEach((k) => add(chart(k)));
       else if (parts.length) add(relabel(chart(...parts), (k) => k.slice(7)), { title: "Parts of the reward", unit: "", caption: "Mean of each part; see which one a rise comes from." });
       add(chart("reward/std"));
+      if (RUNS.some((r) => (r.metrics["reward/failed"] || []).some((v) => v > 0))) add(chart("reward/failed"));
       if (MANY) { add(chart("groups/zero_std_high")); add(chart("groups/zero_std_low")); }
       else add(relabel(chart("groups/zero_std_high", "groups/zero_std_low"), (k) => (k.endsWith("high") ? "all high" : "all low")), { id: "groups/zero_std", title: "Groups without a signal", unit: "% of groups", caption: "Groups whose completions all score the same teach nothing: all high is too easy, all low too hard." });
     });
-    group("Distance from the start", "", () => ["kl/ref", "kl/update", "kl/sampler", "clip/fraction"].forEach((k) => add(chart(k))));
+    group("Distance from the start", "", () => {
+      add(relabel(chart("kl/ref", "kl/ref_k1"), (k) => (k === "kl/ref" ? (keys.has("kl/ref_k1") ? "k3" : "KL to the reference") : "k1")));
+      ["kl/update", "kl/sampler", "clip/fraction"].forEach((k) => add(chart(k)));
+    });
     group("Samples", "", () => {
       add(chart("entropy"));
       add(heldOut(chart("length/mean"), "length/mean"));
@@ -628,7 +643,7 @@
   const plain = (t) => (typeof t === "string" ? t : Array.isArray(t) ? t.map((m) => plain(m[1])).join("\n") : t.head + t.tail);
   function block(index, cls, label) {
     const t = D.texts[index], el = h("div", { class: `text-block ${cls}`, dir: "auto", role: "group", "aria-label": label });
-    if (Array.isArray(t)) t.forEach(([role, text]) => el.append(h("span", { class: "role" }, role), ...clipped(text), "\n"));
+    if (Array.isArray(t)) t.forEach(([role, text], i) => el.append(t.length > 1 || role !== "user" ? h("span", { class: "role" }, role) : "", ...clipped(text), i < t.length - 1 ? "\n" : ""));
     else el.append(...(plain(t) === "" ? [h("span", { class: "gap" }, "empty")] : clipped(t)));
     const text = plain(t);
     if (text.length < 700 && text.split("\n").length < 12) return el;
