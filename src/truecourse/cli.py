@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from truecourse.errors import RunError, UserError
 Set = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")]
 
 
-def train(recipe: Positional[Path], /, set_: Set = (), quiet: bool = False) -> None:
-    """Train by a recipe, from its start.
+def train(recipe: Positional[Path], /, set_: Set = (), quiet: bool = False) -> int:
+    """Train by a recipe, from its start. Ctrl-C stops after the step in flight with a checkpoint.
 
     Args:
         recipe: The recipe's TOML file; `truecourse init` writes one.
@@ -26,10 +27,10 @@ def train(recipe: Positional[Path], /, set_: Set = (), quiet: bool = False) -> N
     from truecourse import recipe as recipes
     from truecourse import trainer
 
-    _finish(trainer.train(recipes.load(recipe, set_), quiet=quiet))
+    return _finish(trainer.train(recipes.load(recipe, set_), quiet=quiet))
 
 
-def resume(run: Positional[Path], /, quiet: bool = False) -> None:
+def resume(run: Positional[Path], /, quiet: bool = False) -> int:
     """Continue an interrupted run from its last checkpoint; the result is that of a run never stopped.
 
     Args:
@@ -38,7 +39,7 @@ def resume(run: Positional[Path], /, quiet: bool = False) -> None:
     """
     from truecourse import trainer
 
-    _finish(trainer.resume(run, quiet=quiet))
+    return _finish(trainer.resume(run, quiet=quiet))
 
 
 def init(path: Positional[Path] = Path("recipe.toml"), /, method: str = "grpo", every_key: bool = False) -> None:
@@ -129,7 +130,7 @@ def report(runs: Positional[tuple[Path, ...]], /, out: Path | None = None) -> No
     print(reports.build(list(runs), out))
 
 
-def quickstart(seed: int = 0, out: Path = Path("runs/quickstart"), quiet: bool = False) -> None:
+def quickstart(seed: int = 0, out: Path = Path("runs/quickstart"), quiet: bool = False) -> int:
     """Take the shipped tiny model through GRPO on two-digit sums, and show what it learned (about a minute).
 
     Args:
@@ -139,8 +140,11 @@ def quickstart(seed: int = 0, out: Path = Path("runs/quickstart"), quiet: bool =
     """
     from truecourse import quickstart as story
 
-    story.run(seed, out, quiet)
+    return INTERRUPTED if story.run(seed, out, quiet).summary["status"] == "interrupted" else 0
 
+
+INTERRUPTED = 130
+"""Exit code of a run that a signal stopped, as shells have it for Ctrl-C."""
 
 VERBS: dict[str, Any] = {
     "quickstart": quickstart,
@@ -154,7 +158,7 @@ VERBS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted."""
+    """Run one verb. Exit codes: 0 done, 1 the run or the machine failed, 2 the user's mistake, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args in (["--version"], ["-V"]):
         from importlib.metadata import version
@@ -164,20 +168,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_traceback = "--traceback" in args
     args = [a for a in args if a != "--traceback"]
     try:
-        tyro.extras.subcommand_cli_from_dict(VERBS, prog="truecourse", description=_DESCRIPTION, args=args)
+        done = tyro.extras.subcommand_cli_from_dict(VERBS, prog="truecourse", description=_DESCRIPTION, args=args)
+        return done or 0
+    except SystemExit as error:  # how tyro ends: after --help with 0, after a usage error with 2
+        return error.code if isinstance(error.code, int) else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head`: nobody reads on, and the interpreter's own flush at exit must not say so
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if with_traceback:
             raise
-        kind = "error" if isinstance(error, UserError | RunError) else f"unexpected {type(error).__name__}"
-        hint = "" if isinstance(error, UserError | RunError) else "\nSee where with: truecourse ... --traceback"
-        print(f"{kind}: {error}{hint}", file=sys.stderr)
+        if isinstance(error, UserError | RunError):
+            print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        else:
+            hint = "See where with: truecourse ... --traceback"
+            print(f"unexpected {type(error).__name__}: {error}\n{hint}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    return 0
 
 
 _DESCRIPTION = """Align language models, and show with measurements whether the run can be trusted.
@@ -192,8 +203,12 @@ def _pair(text: str) -> tuple[str, str]:
     return new, old
 
 
-def _finish(result: Any) -> None:
+def _finish(result: Any) -> int:
     from truecourse import report as reports
     from truecourse.show import summary
 
-    summary(result, reports.build([result.path]))
+    page = result.path / "report.html"
+    if result.trained or not page.is_file():
+        page = reports.build([result.path])
+    summary(result, page)
+    return INTERRUPTED if result.summary["status"] == "interrupted" else 0

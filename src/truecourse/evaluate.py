@@ -40,7 +40,9 @@ def run(
     reward = rewards.build(stage.gold)
     loaded, template = _load(source, recipe)
     engine = trainer.engine_of(loaded, template)
-    asked = trainer.make_prompts(rows, stage, template, trainer.context_of(loaded), stage.gold_sampling.max_tokens)
+    asked = trainer.make_prompts(
+        rows, stage, template, trainer.context_of(loaded), stage.gold_sampling.max_tokens, reward
+    )
     asked = asked[: stage.gold_prompts]
 
     settings = {

@@ -21,7 +21,7 @@ def recipe(seed: int, out: str | Path) -> Recipe:
     return dataclasses.replace(recipes.load(RECIPE), seed=seed, out=str(out)).check()
 
 
-def run(seed: int, out: Path, quiet: bool = False) -> None:
+def run(seed: int, out: Path, quiet: bool = False) -> trainer.Result:
     """Train, or continue what was interrupted; then show what changed. A finished run is shown again, not repeated."""
     console = Console()
     asked = recipe(seed, out)
@@ -42,6 +42,7 @@ def run(seed: int, out: Path, quiet: bool = False) -> None:
         console.print(
             f"Interrupted; continue with: truecourse quickstart --seed {seed} --out {out}", markup=False, soft_wrap=True
         )
-        return
+        return result
     show.before_and_after(RunDirectory.open(out), asked.stage[0].gold[0].label)
     console.print(f"Report: {report.build([out])}", markup=False, soft_wrap=True)
+    return result

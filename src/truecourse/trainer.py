@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from truecourse import rewards
 from truecourse.data import formats, sources
 from truecourse.data.sequences import Prompt
-from truecourse.data.split import split
+from truecourse.data.split import leaks, split
 from truecourse.data.template import Template, load_chat_template
 from truecourse.errors import RunError, UserError
 from truecourse.methods import grpo, sft
@@ -42,6 +44,8 @@ class Result:
     """The run directory."""
     summary: dict[str, Any]
     """What summary.json holds."""
+    trained: bool = True
+    """False where there was nothing left to do."""
 
 
 def train(recipe: Recipe | str | Path, *, quiet: bool = False) -> Result:
@@ -52,19 +56,25 @@ def train(recipe: Recipe | str | Path, *, quiet: bool = False) -> Result:
     RunDirectory.check_free(recipe.out)
     settle(recipe)
     trackers.check(recipe.tracker)
-    first = Built(recipe, 0, recipe.model)  # whatever is wrong with the first stage shows before the run exists
+    ready = {recipe.model: Built(recipe, 0, recipe.model)}  # what is wrong with it shows before the run exists
     run = RunDirectory.create(recipe.out, recipe, environment())
-    return _run(run, recipe, quiet, first)
+    return _run(run, recipe, quiet, ready)
 
 
 def resume(path: str | Path, *, quiet: bool = False) -> Result:
-    """Continue an interrupted run from its last checkpoint, to the same bits as if it had never stopped."""
+    """Continue an interrupted run from its last checkpoint, to the same bits as if it had never stopped.
+
+    A run that has ended is left as it is.
+    """
     run = RunDirectory.open(path)
     recipe = run.recipe()
+    if ended := run.ended():
+        print(f"run {run.path} has ended ({ended['status']}): there is nothing to resume", file=sys.stderr)
+        return Result(run.path, ended, trained=False)
     settle(recipe)
     for difference in differences(run.environment(), environment()):
         print(f"warning: {difference}, so the result may not be the same to the bit", file=sys.stderr)
-    return _run(run, recipe, quiet, None)
+    return _run(run, recipe, quiet, {})
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -83,7 +93,7 @@ def resolve(recipe: Recipe) -> Recipe:
         changes: dict[str, Any] = {"held_out": held, "gold_sampling": sampling, **parts}
         stages.append(dataclasses.replace(stage, data=data[0] if len(data) == 1 else data, **changes))
     template = _absolute(recipe.chat_template) if recipe.chat_template else ""
-    model = _absolute(recipe.model)
+    model = model_folder(_absolute(recipe.model))
     return dataclasses.replace(recipe, model=model, chat_template=template, stage=tuple(stages)).check()
 
 
@@ -107,43 +117,71 @@ def settle(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _run(run: RunDirectory, recipe: Recipe, quiet: bool, first: Built | None) -> Result:
-    with run.lock(), StopFlag() as flag:
+def _run(run: RunDirectory, recipe: Recipe, quiet: bool, ready: dict[str, Built]) -> Result:
+    """Train from the last checkpoint on; `ready` holds the first stage, by its source, where it is new."""
+    with run.lock(), StopFlag() as flag, _told(run, fresh=bool(ready)):
         found = checkpoint.latest(run.path)
-        begin, folder = (0, None) if found is None else (checkpoint.load_json(found[1])["stage"], found[1])
-        run.rewind(-1 if found is None else found[0], begin)
+        begin = checkpoint.load_json(found[1])["stage"] if found else 0
+        run.rewind(found[0] if found else -1, begin)
         tracker = trackers.tracker(recipe.tracker, run.path, recipe, step=found[0] if found else 0)
-        total = sum(stage.steps for stage in recipe.stage)
-        status = "failed"
-        try:
+        with contextlib.closing(tracker):
             run.summarise("running")
             for index in range(begin, len(recipe.stage)):
-                source = recipe.model if index == 0 else str(stage_result(run, recipe, index - 1))
-                built = first if first and index == 0 else Built(recipe, index, source)
-                offset = _offset(recipe, index)
-                title = f"{built.stage.method} {Path(recipe.out).name}"
-                with Progress(total, offset, title, quiet=quiet) as display:
-                    flag.notify = display.note
-                    display.recall(e for e in run.evals() if e.get("stage") == index)
-                    if built.loaded.note:
-                        display.note(built.loaded.note)
-                    loop = Loop(
-                        built.stage, index, offset, built.method, built.policy, built.gold, run, display, tracker.log,
-                        lambda: flag.requested, recipe.seed, {_result_step(run, recipe, i) for i in range(index)},
-                    )  # fmt: skip
-                    done = loop.restore(folder) if folder and index == begin else 0
-                    status = loop.go(done, resumed=bool(folder) and index == begin)
+                folder = found[1] if found and index == begin else None
+                status = _stage(run, recipe, index, folder, ready, flag, tracker, quiet)
                 if flag.requested and index + 1 < len(recipe.stage):
                     status = "interrupted"
                 if status == "interrupted":
                     break
-        except BaseException as error:
-            with contextlib.suppress(RunError):  # on a full disk the first error is the one to show
-                run.summarise("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-            raise
-        finally:
-            tracker.close()
         return Result(run.path, run.summarise(status))
+
+
+def _stage(
+    run: RunDirectory, recipe: Recipe, index: int, folder: Path | None, ready: dict[str, Built], flag: StopFlag,
+    tracker: trackers.Tracker, quiet: bool,
+) -> str:  # fmt: skip
+    """One stage, from its checkpoint `folder` where there is one. What it built is gone when it returns."""
+    source, offset = stage_source(run, recipe, index), _offset(recipe, index)
+    built = ready.pop(source, None) if index == 0 else None
+    built = built or Built(recipe, index, source)
+    title = f"{built.stage.method} {Path(recipe.out).name}"
+    with Progress(_offset(recipe, len(recipe.stage)), offset, title, quiet=quiet) as display:
+        flag.notify = display.note
+        display.recall(e for e in run.evals() if e.get("stage") == index)
+        for note in built.notes:
+            display.note(note)
+        keep = {_result_step(run, recipe, i) for i in range(index)}
+        loop = Loop(
+            built.stage, index, offset, built.method, built.policy, built.gold, run, display, tracker.log,
+            lambda: flag.requested, recipe.seed, keep,
+        )  # fmt: skip
+        done = loop.restore(folder) if folder else 0
+        return loop.go(done, resumed=folder is not None)
+
+
+@contextlib.contextmanager
+def _told(run: RunDirectory, fresh: bool) -> Iterator[None]:
+    """Whatever ends the run before its end is told in its summary; a mistake before the first step of a new run, such
+    as a reward that fails, leaves no run behind: once mended, it starts again under the same name."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _fail(run, "failed")
+        raise RunError(
+            f"the GPU's memory is full ({str(error).splitlines()[0]}). Lower micro_tokens, or set "
+            f"gradient_checkpointing = true; every step up to the last checkpoint is safe in {run.path}"
+        ) from error
+    except BaseException as error:
+        if fresh and isinstance(error, UserError) and not run.metrics():
+            shutil.rmtree(run.path)
+        else:
+            _fail(run, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise
+
+
+def _fail(run: RunDirectory, status: str) -> None:
+    with contextlib.suppress(RunError):  # on a full disk the first error is the one to show
+        run.summarise(status)
 
 
 def _offset(recipe: Recipe, index: int) -> int:
@@ -157,6 +195,27 @@ def stage_result(run: RunDirectory, recipe: Recipe, index: int) -> Path:
     if not folder.is_dir():
         raise UserError(f"run {str(run.path)!r} has no checkpoint yet; continue it with `truecourse resume {run.path}`")
     return folder
+
+
+def stage_source(run: RunDirectory, recipe: Recipe, index: int) -> str:
+    """What stage `index` starts from: the recipe's model, or the result of the stage before.
+
+    Adapters are kept beside the plain weights that they belong to. Where new ones go on top of older ones, those are
+    merged first, into the run's own `base-INDEX`.
+    """
+    source = recipe.model if index == 0 else str(stage_result(run, recipe, index - 1))
+    if recipe.lora is None or not (Path(source) / "adapter_config.json").is_file():
+        return source
+    folder = run.path / f"base-{index}"
+    if not folder.is_dir():
+        merged = loading.load(source, device=torch.device("cpu"), dtype=recipe.dtype)
+
+        def write(aside: Path) -> None:
+            merged.model.save_pretrained(str(aside))
+            merged.tokenizer.save_pretrained(str(aside))
+
+        checkpoint.write_folder(folder, write)
+    return str(folder)
 
 
 def _result_step(run: RunDirectory, recipe: Recipe, index: int) -> int:
@@ -178,10 +237,12 @@ class Built:
 
     def __init__(self, recipe: Recipe, index: int, source: str) -> None:
         stage = self.stage = recipe.stage[index]
+        self.source = source
         train_rows, held_rows = split_rows(stage, recipe.seed)
         gold = rewards.build(stage.gold) if stage.gold else None  # a misnamed reward shows before a model is loaded
         reward = rewards.build(stage.rewards) if isinstance(stage, Grpo) else None
         device = loading.resolve_device(recipe.device)
+        torch.manual_seed(hash((recipe.seed, -1, index)))  # new adapters are drawn at random
         self.loaded = loading.load(source, device=device, dtype=recipe.dtype, lora=recipe.lora)
         self.template = template_of(self.loaded, recipe.chat_template)
         engine = engine_of(self.loaded, self.template)
@@ -194,14 +255,16 @@ class Built:
             gradient_checkpointing=recipe.gradient_checkpointing,
         )
         context = context_of(self.loaded)
+        self.notes = [note for note in (self.loaded.note, _leaks(train_rows, held_rows)) if note]
+        """What the user should know before the first step."""
         if isinstance(stage, Grpo):
-            prompts = make_prompts(train_rows, stage, self.template, context, stage.sampling.max_tokens)
+            assert reward is not None
+            prompts = make_prompts(train_rows, stage, self.template, context, stage.sampling.max_tokens, reward)
             if stage.prompts_per_step > len(prompts):
                 raise UserError(
                     f"prompts_per_step = {stage.prompts_per_step}, but there are only {len(prompts)} training prompts; "
                     "lower it, or add data"
                 )
-            assert reward is not None
             self.method: Any = grpo.GRPO(stage, self.policy, engine, reward, prompts, recipe.seed)
         elif isinstance(stage, Sft):
             limit = min(context or stage.max_length, stage.max_length or context)
@@ -215,9 +278,9 @@ class Built:
     def _gold(self, gold: rewards.Reward, held_rows: list[sources.Row], engine: LocalEngine, context: int) -> Gold:
         stage = self.stage
         assert stage.gold_sampling is not None
-        prompts = make_prompts(held_rows, stage, self.template, context, stage.gold_sampling.max_tokens)
-        if not prompts:
+        if not held_rows:
             raise UserError("a gold needs held-out prompts; set held_out to a share, a count or a file")
+        prompts = make_prompts(held_rows, stage, self.template, context, stage.gold_sampling.max_tokens, gold)
         return Gold(stage.gold[0].label, gold, engine, prompts[: stage.gold_prompts], stage.gold_sampling)
 
 
@@ -256,15 +319,21 @@ def context_of(loaded: Loaded) -> int:
 
 
 def make_prompts(
-    rows: list[sources.Row], stage: Stage, template: Template, context: int, max_tokens: int
+    rows: list[sources.Row], stage: Stage, template: Template, context: int, max_tokens: int, reward: rewards.Reward
 ) -> list[Prompt]:
-    """Tokenised prompts, one for each row. Raises `UserError` naming the row whose prompt leaves no room to answer."""
+    """Tokenised prompts, one for each row. Raises `UserError` naming the row whose prompt leaves no room to answer, or
+    which lacks a column that the reward needs."""
     if context and max_tokens >= context:
         raise UserError(f"max_tokens = {max_tokens} leaves no room for a prompt in the model's context of {context}")
     found = [
         row._replace(content=with_system(row.content, stage.system))
         for row in formats.prompts_for_rl(rows, chat=stage.chat)
     ]
+    for row in {tuple(row.columns): row for row in reversed(found)}.values():
+        try:
+            reward.check_columns(row.columns)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from None
     return template.prompts(found, context - max_tokens if context else 0)
 
 
@@ -285,6 +354,17 @@ def _demonstrations(rows: list[sources.Row], stage: Stage, template: Template, l
 def _answered(row: sources.Row) -> bool:
     """Held-out rows may be bare prompts, kept for the gold alone."""
     return "completion" in row.values or "messages" in row.values
+
+
+def _leaks(train_rows: list[sources.Row], held_rows: list[sources.Row]) -> str:
+    found = leaks(train_rows, held_rows)
+    if not found:
+        return ""
+    trained, held = found[0]
+    return (
+        f"warning: {len(found)} of {len(held_rows)} held-out prompts are trained on as well, so the gold is too good "
+        f"(the first: {held.where} is {trained.where})"
+    )
 
 
 def _reference(recipe: Recipe, stage: Stage) -> Any:

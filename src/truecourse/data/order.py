@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+
+from truecourse.errors import UserError
 
 
 def take(cursor: int, count: int, size: int, seed: int) -> list[int]:
@@ -16,6 +20,23 @@ def take(cursor: int, count: int, size: int, seed: int) -> list[int]:
     """
     assert size > 0 and cursor >= 0 and count >= 0
     return [int(_epoch(place // size, size, seed)[place % size]) for place in range(cursor, cursor + count)]
+
+
+def fingerprint(sequences: Iterable[Sequence[int]]) -> str:
+    """A digest of these token sequences, in this order."""
+    digest = blake2b(digest_size=16)
+    for tokens in sequences:
+        digest.update(np.array([len(tokens), *tokens], dtype="<u4").tobytes())
+    return digest.hexdigest()
+
+
+def refuse_other_data(before: str, now: str) -> None:
+    """Raise `UserError` where a run is resumed on other training data than it began with."""
+    if before != now:
+        raise UserError(
+            "the training data, or how it is tokenised, is no longer what this run began with, so it cannot go on as "
+            "the same run; bring the data back, or start a new run from this one's weights (model = its folder)"
+        )
 
 
 @lru_cache(maxsize=2)

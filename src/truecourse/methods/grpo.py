@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 
-from truecourse.data.order import take
+from truecourse.data.order import fingerprint, refuse_other_data, take
 from truecourse.data.sequences import Batch, Completion, Prompt
 from truecourse.errors import UserError
 from truecourse.methods.rollouts import Group, Round, batch_of, dump, parse, rollout_metrics
@@ -164,6 +164,11 @@ class GRPO:
             if enough or not values.dynamic_sampling or len(rounds) > config.max_resamples:
                 break
         kept = kept[: config.prompts_per_step] or rounds[0].groups(only_alive=False)
+        if not kept:
+            raise UserError(
+                f"no completion sampled at step {step} has a reward: every part of the reward returned None, "
+                "which means that it does not apply; return a number for at least some of them"
+            )
         self.shares = [kept[i :: config.updates_per_rollout] for i in range(config.updates_per_rollout)]
         self.shares = [share for share in self.shares if share] * config.epochs
         result.record |= rollout_metrics(rounds) | {f"time/{k}": v for k, v in times.items()}
@@ -198,9 +203,11 @@ class GRPO:
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on besides the policy: the cursor and the unspent rollout."""
-        return {"cursor": self.cursor, "rollout": dump(self.shares, self.prompts)}
+        data = fingerprint(p.tokens for p in self.prompts)
+        return {"data": data, "cursor": self.cursor, "rollout": dump(self.shares, self.prompts)}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        refuse_other_data(state["data"], fingerprint(p.tokens for p in self.prompts))
         self.cursor = state["cursor"]
         self.shares = parse(state["rollout"], self.prompts)
         self.engine.update(self.policy.weights(), self.policy.version)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from truecourse.data.order import take
+from truecourse.data.order import fingerprint, refuse_other_data, take
 from truecourse.data.sequences import Batch
 from truecourse.model.policy import Policy
 from truecourse.objective.surrogate import token_weights
@@ -71,10 +71,14 @@ class SFT:
         return {"loss/held_out": -float(self.policy.score(_batch(self.held_out)).mean())}
 
     def state(self) -> dict[str, Any]:
-        return {"cursor": self.cursor}
+        return {"data": self._data(), "cursor": self.cursor}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        refuse_other_data(state["data"], self._data())
         self.cursor = state["cursor"]
+
+    def _data(self) -> str:
+        return fingerprint(tokens for pair in self.demonstrations for tokens in pair)
 
 
 def _batch(rows: list[Demonstration]) -> Batch:

@@ -70,6 +70,27 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None]) -> Path:
     return final
 
 
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write(aside)` fill a new folder beside checkpoints, sealed as they are, then give it its name in one rename.
+
+    Raises `CheckpointError` as `save` does.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            write(aside)
+            _seal(aside, 0)
+            os.rename(aside, folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(disk_message("write", folder, error)) from error
+
+
 def prune(run_dir: str | Path, keep: Collection[int]) -> None:
     """Remove the checkpoints of all steps but those in `keep`; one that goes is renamed first, so none is ever half."""
     for step, path in found(run_dir):

@@ -98,6 +98,12 @@ class RunDirectory:
         """The resolved recipe, read back and checked."""
         return recipes.load(self.path / "recipe.toml")
 
+    def ended(self) -> dict[str, Any] | None:
+        """summary.json of a run that has come to its end (finished, or stopped by its gold); None for any other."""
+        path = self.path / "summary.json"
+        summary = json.loads(path.read_bytes()) if path.is_file() else {}
+        return summary if summary.get("status") in ("finished", "stopped") else None
+
     # -- one process at a time ---------------------------------------------------------------------------------------
 
     @contextmanager
@@ -163,6 +169,11 @@ class RunDirectory:
         path = folder / f"{kind}-{step:06d}.jsonl"
         write_atomically(path, b"".join(dumps(row) for row in rows))
         return path
+
+    def read_rollouts(self, step: int, kind: str) -> list[dict[str, Any]]:
+        """What `rollouts` wrote for this step; [] where it wrote nothing."""
+        path = self.path / "rollouts" / f"{kind}-{step:06d}.jsonl"
+        return [json.loads(line) for line in _split(path)]
 
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

@@ -88,6 +88,8 @@ class Loop:
         if self._reached(best):
             self.display.note(f"the gold reached stop_at = {stage.stop_at:g} at step {self.offset + done}")
             return "stopped"
+        if self.stopping() and done < stage.steps:  # the wish came while the stage was being put together
+            return "interrupted"
         for at in range(done + 1, stage.steps + 1):
             step, started = self.offset + at, time.perf_counter()
             torch.manual_seed(hash((self.seed, step)))  # adapter dropout is the only torch draw in training
@@ -132,7 +134,10 @@ class Loop:
         if self.gold is not None:
             measured = self.gold.measure(self.policy, (self.seed, 0))
             kind = {"step": step, "stage": self.index, "kind": "gold"}
-            self.run.rollouts(step, "gold", [kind | row for row in measured.rows])
+            rows = [kind | row for row in measured.rows]
+            if at == 0 and self.index:  # the last step of the stage before has the same number, and rows of its own
+                rows = [row for row in self.run.read_rollouts(step, "gold") if row["stage"] != self.index] + rows
+            self.run.rollouts(step, "gold", rows)
             record |= measured.record
             value = measured.record[f"gold/{self.gold.name}"]
         record["time/gold"] = time.perf_counter() - started
