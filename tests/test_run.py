@@ -787,7 +787,7 @@ def test_progress_in_a_log_file_is_plain_lines(capsys) -> None:
     lines = err.splitlines()
     assert lines[0] == "step 0/6  gold exact 0.310"
     # Six quick steps: no line of their own but the last one's; a line for each gold measurement.
-    assert [line.split("  ")[0] for line in lines[:-1]] == ["step 0/6", "step 3/6", "step 6/6", "step 6/6"]
+    assert [line.split("  ")[0] for line in lines[:-1]] == ["step 0/6", "step 3/6", "step 6/6"]
     shown = "reward 0.530  gold exact 0.310 → 0.420  KL 0.012  length 34.2  1,234 tokens/s"
     assert shown in lines[2] and lines[2].endswith("0:00 left")
     assert "sampling" not in err

@@ -72,7 +72,7 @@ class Progress:
         if len(self._times) == 1:  # a resumed run begins past `done`
             self._times[0] = (self._times[0][0], step - 1)
         self._times.append((now, step))
-        if not self._live and (now - self._printed >= EVERY or step >= self.total):
+        if not self._live and (now - self._printed >= EVERY or (step >= self.total and not self._gold)):
             self._line()
 
     def gold(self, step: int, record: Mapping[str, Any]) -> None:
@@ -82,8 +82,7 @@ class Progress:
         if len(self._times) == 1:  # what comes before the first step is no part of a step's time
             self._times[0] = (time.monotonic(), step)
         if not self.quiet and self._gold:
-            self._say(f"step {step:>{len(str(self.total))}}/{self.total}  " + "  ".join(self._golds()))
-            self._printed = time.monotonic()
+            self._line(step)
 
     def recall(self, evals: Iterable[Mapping[str, Any]]) -> None:
         """The gold measurements made before a resume, so that the first and the last are shown from the start."""
@@ -138,12 +137,12 @@ class Progress:
         left = self.left()
         return "" if left is None else f"{_duration(left)} left"
 
-    def _head(self) -> str:
-        return f"step {self._step:>{len(str(self.total))}}/{self.total}"
+    def _head(self, step: int | None = None) -> str:
+        return f"step {self._step if step is None else step:>{len(str(self.total))}}/{self.total}"
 
-    def _line(self) -> None:
+    def _line(self, step: int | None = None) -> None:
         if not self.quiet:
-            self._say("  ".join(filter(None, [self._head(), *self.fields(), self._left()])))
+            self._say("  ".join(filter(None, [self._head(step), *self.fields(), self._left()])))
             self._printed = time.monotonic()
 
     def _say(self, text: str) -> None:
