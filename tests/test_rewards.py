@@ -421,6 +421,32 @@ def test_check_failures_says_which_how_many_why_and_what_to_do(made):
         check_failures(score(made(HANG, timeout=0.1), "hang"), 0.0)
 
 
+def test_check_failures_names_the_part_that_failed_most(tmp_path):
+    (tmp_path / "m.py").write_text(
+        "def few(completion): return {'a': float('nan') if completion == 'x' else 1.0}\ndef many(completion): 1 / 0\n"
+    )
+    scores = score(build([RewardPart(use="m.py:few"), RewardPart(use="m.py:many")], base=tmp_path), "x", "y")
+    assert same(scores.parts["few"], [[math.nan, 1.0]]) and same(scores.parts["few/a"], [[math.nan, 1.0]])
+    with pytest.raises(RewardError, match="'many' failed on 2 of 2"):
+        check_failures(scores, 0.0)
+
+
+def test_an_interrupt_inside_a_reward_interrupts_and_a_cancelled_client_only_fails(made):
+    with pytest.raises(KeyboardInterrupt):
+        score(made("def reward(completion): raise KeyboardInterrupt"), "x")
+    cancelled = made("import asyncio\nasync def reward(completion): raise asyncio.CancelledError", timeout=5.0)
+    began = time.monotonic()
+    assert "CancelledError" in score(cancelled, "x").failures[0].reason and time.monotonic() - began < 2
+
+
+def test_two_parts_from_one_file_share_it(tmp_path):
+    (tmp_path / "m.py").write_text(
+        "n = [0]\ndef a(completion): n[0] += 1; return n[0]\ndef b(completion): n[0] += 1; return n[0]\n"
+    )
+    reward = build([RewardPart(use="m.py:a"), RewardPart(use="m.py:b")], base=tmp_path)
+    assert score(reward, "x", "y").parts == {"a": [[1.0, 2.0]], "b": [[3.0, 4.0]]}
+
+
 def test_interrupt_passes_through_promptly(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef reward(completion): time.sleep(60)\n")
     (tmp_path / "main.py").write_text(
@@ -552,6 +578,7 @@ PAIRS = [
     ("sqrt(2)", r"\boxed{\sqrt{2}}", 1),
     ("2*sqrt(2)", r"\boxed{2}", 0),
     (r"1\frac{1}{2}", r"\boxed{3/2}", 1),
+    ("Tuesday", "so\nAnswer: Tuesday.", 1),
     ("7", r"\boxed{5} no, \boxed{7}", 1),
     ("18", r"\boxed{17, 18}", 0),
     ("18", r"\boxed{17 \text{ or } 18}", 0),
@@ -567,6 +594,23 @@ def test_math_sees_through_equivalent_forms():
     assert verdicts == {(gold, said): right for gold, said, right in PAIRS}
     with pytest.raises(UserError, match="empty"):
         verify.score("1", lambda *_: None, answer=" ")
+    verify.close()
+
+
+def test_math_remembers_verdicts_and_counts_what_ran_out_of_memory_as_wrong():
+    class Replies:
+        asked = 0
+
+        def ask(self, gold, answer):
+            self.asked += 1
+            return {"error": "MemoryError"} if "y" in answer else True
+
+    verify, notes = Math(), []
+    verify.checker = Replies()
+    said = [r"\boxed{x}", r"\boxed{y}", "so \\boxed{x}", "so \\boxed{y}"]
+    assert [verify.score(t, lambda *n: notes.append(n), answer="z") for t in said] == [1, 0, 1, 0]
+    assert verify.checker.asked == 2 and notes.count(("error", 1.0)) == 2 and ("timeout", 1.0) not in notes
+    verify.checker = Checker("math", 1.0)
     verify.close()
 
 
@@ -611,7 +655,7 @@ def hostile(draw: random.Random) -> str:
 
 def test_two_hundred_hostile_answers_take_a_bounded_time_and_none_passes_or_fails():
     draw = random.Random(0)
-    reward = build([RewardPart(use="math", args={"deadline": 0.1}), RewardPart(use="number")])
+    reward = build([RewardPart(use="math", args={"deadline": 0.05}), RewardPart(use="number")])
     prompts = [prompt(i, answer=draw.choice(["1/7", r"\frac{x^2}{3}", r"\sqrt{2}/5"])) for i in range(50)]
     began = time.process_time(), time.monotonic()
     scores = reward.score(prompts, [[completion(hostile(draw)) for _ in range(4)] for _ in prompts])
@@ -645,7 +689,21 @@ def test_a_killed_checker_is_a_failure_and_comes_back():
     reward.close()
 
 
-def test_a_checker_that_cannot_start_says_why(monkeypatch):
+def test_an_answer_never_meets_another_question():
+    checker = Checker("regex", 5.0, pattern="a", fullmatch=False)
+    assert checker.ask(text="a") is True
+    pid = checker._process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    if not children.is_file():
+        pytest.skip("no /proc: the fork's id cannot be found")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)  # while idle, as out of memory
+    with pytest.raises(CheckerCrash, match="SIGKILL"):
+        checker.ask(text="a")
+    assert [checker.ask(text=t) for t in ("b", "a", "b")] == [False, True, False]
+    checker.close()
+
+
+def test_a_checker_that_cannot_start_says_why():
     checker = Checker("regex", 1.0, patern="x")  # the child's function takes `pattern`
     with pytest.raises(CheckerCrash, match="patern"):
         checker.ask(text="x")
