@@ -85,7 +85,8 @@ class RewardPart:
     weight: float = 1.0
     """Factor in the weighted sum."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for a built-in part, such as `pattern` for `regex` or `answer` (the column) for `exact`."""
+    """Keyword arguments: of a built-in part, such as `pattern` for `regex` or `answer` (the column) for `exact`, or of
+    your own function or class."""
     timeout: float = 60.0
     """Seconds that one call may take before its samples are marked as failed."""
 

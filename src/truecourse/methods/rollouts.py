@@ -79,11 +79,11 @@ def rollout_metrics(rounds: Sequence[Round]) -> dict[str, float]:
         mean = _mean(rewards)
         metrics["reward/mean"] = mean
         metrics["reward/std"] = (sum((v - mean) ** 2 for v in rewards) / max(1, len(rewards) - 1)) ** 0.5
-    for name in rounds[0].scores.parts:
-        scored = _scored(r.scores.parts[name] for r in rounds)
+    for name in dict.fromkeys(name for r in rounds for name in r.scores.parts):
+        scored = _scored(r.scores.parts.get(name, []) for r in rounds)
         if scored:
             metrics[f"reward/{name}"] = _mean(scored)
-    for name in rounds[0].scores.notes:
+    for name in dict.fromkeys(name for r in rounds for name in r.scores.notes):
         metrics[f"reward/{name}"] = _mean([r.scores.notes[name] for r in rounds if name in r.scores.notes])
     lengths = [len(c.tokens) for c in completions]
     return metrics | {
