@@ -70,9 +70,11 @@ class SharedPrompts:
 
     def __init__(self, model: nn.Module, head: Head, prompt_lengths: Sequence[int], max_tokens: int):
         self.model, self.head, self.device = model, head, head.weight_VD.device
-        self.cohorts = [_Cohort(floor, max_tokens - 1) for floor in _floors(prompt_lengths)]
+        self.cohorts = [_Cohort(self.device, floor, max_tokens - 1) for floor in _floors(prompt_lengths)]
         self.cohort_of: list[_Cohort] = []
         self.positions_B = self.moving_B = torch.zeros(0, dtype=torch.long, device=self.device)
+        self.seats: list[tuple[_Cohort, int]] = []
+        """Cohort of each row, and its place among that cohort's rows."""
         self._live: list[tuple[_Cohort, slice]] = []
         self._order: tuple[Tensor, Tensor] | None = None
         """Caller's order to cohort order and back, where they differ."""
@@ -85,7 +87,7 @@ class SharedPrompts:
             places = [place for place, home in enumerate(self.cohort_of) if home is cohort]
             staying = [j for j, place in enumerate(places) if place in kept]
             if not staying:
-                self.cohorts[i] = _Cohort(cohort.floor, cohort.most)
+                self.cohorts[i] = _Cohort(self.device, cohort.floor, cohort.most)
             elif len(staying) < len(places):
                 cohort.keep(staying)
         self.cohort_of = [self.cohort_of[i] for i in rows]
@@ -111,6 +113,9 @@ class SharedPrompts:
 
     def freeze(self, rows: list[int]) -> None:
         self.moving_B[torch.tensor(rows, device=self.device)] = 0
+        for row in rows:
+            cohort, seat = self.seats[row]
+            cohort.ended[seat] = True
 
     def step(self, tokens_B: Tensor) -> Tensor:
         self.positions_B = self.positions_B + self.moving_B
@@ -130,16 +135,22 @@ class SharedPrompts:
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
     def _arrange(self) -> None:
-        self._live, at = [], 0
+        self._live, self.seats, at = [], [], 0
+        taken = dict.fromkeys(self.cohorts, 0)
+        for cohort in self.cohort_of:
+            self.seats.append((cohort, taken[cohort]))
+            taken[cohort] += 1
+        first = {}
         for cohort in self.cohorts:
+            first[cohort] = at
             if cohort.rows:
                 self._live.append((cohort, slice(at, at + cohort.rows)))
                 at += cohort.rows
-        order = [i for cohort in self.cohorts for i, c in enumerate(self.cohort_of) if c is cohort]
+        back = [first[cohort] + seat for cohort, seat in self.seats]
         self._order = None
-        if order != list(range(len(order))):
-            there = torch.tensor(order, device=self.device)
-            self._order = there, there.argsort()
+        if len(self._live) > 1:
+            there = torch.tensor(back, device=self.device)
+            self._order = there.argsort(), there
 
 
 class _Prefill(attention.Packed):
@@ -190,7 +201,9 @@ class _Cohort:
     a slice), and only a row that joined later must be kept from seeing the columns before its `start`.
     """
 
+    device: torch.device
     floor: int
+    """Shortest prompt that belongs here."""
     most: int
     """Columns that the longest completion needs: its last token is never fed."""
     lengths: list[int] = field(default_factory=list)
@@ -199,9 +212,12 @@ class _Cohort:
     """Prompt of each row, ascending."""
     start: list[int] = field(default_factory=list)
     """First own column of each row."""
+    ended: list[bool] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    """Where in `own` the row's keys are until the next `advance` puts them in order; −1 for a row that has none yet."""
     width: int = 0
     """Columns in use, the newest token's included once `advance` was called."""
-    columns: int = FIRST_COLUMNS
+    columns: int = field(default_factory=lambda: FIRST_COLUMNS)
     prompt: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     own: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -212,25 +228,26 @@ class _Cohort:
     # -- who is in it
 
     def keep(self, rows: list[int]) -> None:
-        self.owner, self.start = [self.owner[i] for i in rows], [self.start[i] for i in rows]
+        for name in ("owner", "start", "ended", "source"):
+            values = getattr(self, name)
+            setattr(self, name, [values[i] for i in rows])
         prompts = sorted(set(self.owner))
         if len(prompts) < len(self.lengths):
-            device = next(iter(self.prompt.values()))[0].device
-            index = torch.tensor(prompts, device=device)
+            index = torch.tensor(prompts, device=self.device)
             self.lengths = [self.lengths[p] for p in prompts]
             longest = max(self.lengths)
             for layer, pair in self.prompt.items():
                 self.prompt[layer] = _map(pair, lambda x: x.index_select(1, index)[:, :, :longest])
-            self.owner = [prompts.index(o) for o in self.owner]
-        self._rebuild(rows, 0)
+            place = {p: i for i, p in enumerate(prompts)}
+            self.owner = [place[o] for o in self.owner]
+        self.stale = True
 
     def add(self, prefill: _Prefill, members: list[int], rows: list[int]) -> None:
         """Some prompts of a prefill, with so many new rows each."""
-        device = prefill.last_P.device
         lengths = prefill.lengths[members]
         longest = max([*self.lengths, int(lengths.max())])
         places = prefill.starts[members][:, None] + torch.arange(longest).clamp(max=lengths[:, None] - 1)
-        flat = places.reshape(-1).to(device)
+        flat = places.reshape(-1).to(self.device)
         for layer, pair in prefill.kept.items():
             new = _map(pair, lambda x: x.index_select(1, flat).view(x.shape[0], len(members), longest, -1))
             if layer in self.prompt:
@@ -240,35 +257,48 @@ class _Cohort:
         first = len(self.lengths)
         self.lengths += lengths.tolist()
         joined = sum(rows)
-        kept = list(range(self.rows))
         self.owner += [first + i for i, n in enumerate(rows) for _ in range(n)]
         self.start += [self.width] * joined
-        self._rebuild(kept, joined)
+        self.ended += [False] * joined
+        self.source += [-1] * joined
+        self.stale = True
 
-    def _rebuild(self, kept: list[int], joined: int) -> None:
-        """Own keys of the rows kept, then of those that join; columns that no row needs any more are dropped."""
-        low = min(self.start)
-        self.start = [s - low for s in self.start]
-        old, self.width = slice(low, self.width), self.width - low
-        most = self.most if max(self.start) == 0 else self.most + self.most // 4  # slack, lest every step moves columns
-        while self.columns <= self.width:
+    # -- decoding
+
+    def advance(self, positions_B: Tensor) -> None:
+        """Open the column of the newest tokens, which stand at these positions."""
+        if self.stale or self.width == self.columns:
+            self._rebuild()
+            self._arrange()
+        self.width += 1
+        self.positions_B = positions_B
+        self._windows: dict[int, Tensor | None] = {}
+
+    def _rebuild(self) -> None:
+        """Put own keys in the rows' order; drop the columns that no unfinished row needs, and make room for more."""
+        low = min((s for s, ended in zip(self.start, self.ended) if not ended), default=self.width)
+        self.start = [max(0, s - low) for s in self.start]
+        used, self.width = slice(low, self.width), self.width - low
+        while self.columns - self.width <= self.columns // 5:
             self.columns *= 2
-        self.columns = max(self.width + 1, min(self.columns, most))
+        slack = self.most // 4 if max(self.start) else 0  # lest rows that come and go move all columns at every step
+        self.columns = max(self.width + 1, min(self.columns, self.most + slack))
+        kept = [source for source in self.source if source >= 0]  # those that joined stand behind them
+        index = torch.tensor(kept, dtype=torch.long, device=self.device)
+
+        def moved(x: Tensor) -> Tensor:
+            new = x.new_zeros(x.shape[0], self.rows, self.columns, x.shape[3])
+            new[:, : len(kept), : self.width] = x[:, :, used].index_select(1, index)
+            return new
+
         for layer, pair in self.own.items():
-            index = torch.tensor(kept, device=pair[0].device)
-
-            def moved(x: Tensor, index: Tensor = index) -> Tensor:
-                new = x.new_zeros(x.shape[0], len(kept) + joined, self.columns, x.shape[3])
-                if self.width:
-                    new[:, : len(kept), : self.width] = x[:, :, old].index_select(1, index)
-                return new
-
             self.own[layer] = _map(pair, moved)
-        self._arrange()
+        self.source = list(range(self.rows))
+        self.stale = False
 
     def _arrange(self) -> None:
         """How rows map to the rectangle [P, G] that meets the prompts' keys, and what each must not see."""
-        device = next(iter(self.prompt.values()))[0].device
+        device = self.device
         counts = [0] * len(self.lengths)
         seat = []
         for o in self.owner:
@@ -292,16 +322,6 @@ class _Cohort:
         if max(self.start):
             starts = torch.tensor(self.start, device=device)
             self.hidden_B1W = _hide(torch.arange(self.columns, device=device) >= starts[:, None])[:, None]
-
-    # -- decoding
-
-    def advance(self, positions_B: Tensor) -> None:
-        """Open the column of the newest tokens, which stand at these positions."""
-        if self.width == self.columns:
-            self._rebuild(list(range(self.rows)), 0)
-        self.width += 1
-        self.positions_B = positions_B
-        self._windows: dict[int, Tensor | None] = {}
 
     def attend(self, layer: int, q_BHD: Tensor, k_BKD: Tensor, v_BKD: Tensor, rules: Rules) -> Tensor:
         """`[B, H, D]` over the rows' prompts and what they have sampled so far; one softmax over both."""

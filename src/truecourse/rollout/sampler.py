@@ -38,6 +38,8 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Sampling) -> tu
     cdf_BK = p_BK.cumsum(-1)
     # u·total < total (streams.LARGEST), so the first place above it exists and its own probability is above 0
     at_B1 = torch.searchsorted(cdf_BK, (uniforms_B * cdf_BK[:, -1])[:, None], right=True)
+    if p_BK.device.type != "cpu":  # a parallel prefix sum may still rise where the probability is 0, by a rounding
+        at_B1 = torch.where(p_BK.gather(1, at_B1) > 0, at_B1, p_BK.argmax(-1, keepdim=True))
     logps_B = p_BK.gather(1, at_B1)[:, 0].log()
     return (at_B1 if ids_BK is None else ids_BK.gather(1, at_B1))[:, 0], logps_B
 
@@ -71,6 +73,6 @@ class StopStrings:
             if found:
                 return min(found), tail
         later = len(tokens) - 2 * self.reach
-        if later > tail + self.reach and len(self.decode(tokens[later:])) > 2 * self.reach:
+        if later > tail + self.reach and len(self.decode(tokens[later:])) > self.reach:
             tail = later
         return None, tail
