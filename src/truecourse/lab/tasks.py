@@ -18,6 +18,7 @@ from truecourse.errors import UserError
 
 HELD_OUT = 500
 DEMOS = 250
+HELD_OUT_DIGITS = 15
 
 
 def task(name: str) -> list[dict[str, Any]]:
@@ -67,6 +68,32 @@ def _sum(a: int, b: int) -> dict[str, Any]:
     }
 
 
+def _digits() -> list[dict[str, Any]]:
+    return [row for pair in _digit_pairs()[HELD_OUT_DIGITS:] for row in _both(*pair)]
+
+
+def _digits_held_out() -> list[dict[str, Any]]:
+    return [row for pair in _digit_pairs()[:HELD_OUT_DIGITS] for row in _both(*pair)] * 4
+
+
+def _digit_pairs() -> list[tuple[int, int]]:
+    """The 45 pairs of digits in a fixed random order. No digit is 0: a + 0 ends on its answer when it is repeated."""
+    pairs = [(a, b) for a in range(1, 10) for b in range(a, 10)]
+    return sorted(pairs, key=lambda pair: _shuffled(f"{pair[0]}+{pair[1]}"))
+
+
+def _both(a: int, b: int) -> list[dict[str, Any]]:
+    """a + b and b + a, which stay on one side."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"What is {x} + {y}?"}],
+            "answer": str(x + y),
+            "split_key": f"{a}+{b}",
+        }
+        for x, y in sorted({(a, b), (b, a)})
+    ]
+
+
 def _shuffled(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=8).digest()
 
@@ -75,4 +102,6 @@ TASKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "sums": _sums,
     "sums-held-out": _sums_held_out,
     "sums-demos": _sums_demos,
+    "digits": _digits,
+    "digits-held-out": _digits_held_out,
 }
