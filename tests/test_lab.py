@@ -114,10 +114,12 @@ def test_the_shipped_model_answers_about_two_in_five(shipped):
     assert right == pytest.approx(0.40, abs=0.01)
 
 
-def test_the_recipe_that_made_it_loads(monkeypatch):
-    recipe = recipes.load(tiny.path() / "sft.toml")
-    (stage,) = recipe.stage
+def test_its_recipes_load():
+    (stage,) = recipes.load(tiny.path() / "sft.toml").stage
     assert stage.method == "sft" and stage.data == "lab:sums-demos" and stage.stop_at > 0
+    quickstart = recipes.load(tiny.path().parent / "quickstart.toml")
+    (stage,) = quickstart.stage
+    assert (quickstart.model, stage.data, stage.held_out) == ("tiny", "lab:sums", "lab:sums-held-out")
 
 
 def test_build_writes_a_model_folder_by_the_sft_stage(tmp_path, monkeypatch):
