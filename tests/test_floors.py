@@ -68,7 +68,9 @@ def _breaches(room: str, imports: set[str]) -> set[str]:
         return set()
     floor = next(i for i, rooms in enumerate(FLOORS) if room in rooms)
     if floor >= len(FLOORS) - 2:
-        return {r for r in used if r not in BESIDE and r not in LAB and not any(r in FLOORS[i] for i in range(floor + 1))}
+        return {
+            r for r in used if r not in BESIDE and r not in LAB and not any(r in FLOORS[i] for i in range(floor + 1))
+        }
     below = set().union(*FLOORS[:floor])
     return used - below
 
