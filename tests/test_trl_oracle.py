@@ -1,8 +1,8 @@
 """The objective against TRL's GRPOTrainer: the same batch gives the same advantages, loss and gradient.
 
 TRL's own methods are called, unchanged: `_generate_and_score_completions` prepares the batch (padding, advantages,
-masks; its generation and rewards handed in) and `compute_loss` scores it with its fused head. Our side scores one
-sequence at a time with the model's plain forward.
+masks; its generation and rewards handed in) and `compute_loss` scores it with its fused head. Our side is
+the package's packed log-prob path over the same model.
 
 Where the two differ by choice, the settings that make them equal are used here:
 - TRL's `epsilon_high` for cispo is the bound itself, 1 + clip_high here; its lower bound is absent: clip_low = 1 here.
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from truecourse.data.sequences import Batch
+from truecourse.model import attention
+from truecourse.model.logprobs import head_of, score
 from truecourse.objective.advantages import group_advantages
 from truecourse.objective.kl import kl_values
 from truecourse.objective.surrogate import importance_ratio, spread, surrogate, token_weights
@@ -58,14 +60,13 @@ class Case:
 
 
 def logprobs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy) of each completion token, both `[T]`: the place to put another log-prob path."""
-    logps, entropies = [], []
-    for tokens, owner in zip(batch.completions, batch.owner):
-        row = torch.tensor([*batch.prompts[owner], *tokens])
-        logp_V = model(row[None]).logits[0, -len(tokens) - 1 : -1].float().log_softmax(-1)
-        logps.append(logp_V.gather(1, torch.tensor(tokens)[:, None])[:, 0])
-        entropies.append(-(logp_V.exp() * logp_V).sum(-1))
-    return torch.cat(logps), torch.cat(entropies)
+    """(log-prob, entropy) of each completion token, both `[T]`, by the package's packed path; TRL keeps its own."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(attention.NAME)
+    try:
+        return score(model, head_of(model), batch)
+    finally:
+        model.set_attn_implementation(own)
 
 
 @pytest.fixture(scope="module")
