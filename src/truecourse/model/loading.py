@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import struct
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,7 +69,7 @@ def load(
             model, tokenizer = _gguf(path, number)
         else:
             model, tokenizer = _plain(source, path, number, quantize, device)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:  # the last two from a damaged .gguf file
         if isinstance(error, UserError):
             raise
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -151,6 +155,7 @@ def _gguf(path: Path, number: torch.dtype) -> tuple[Any, Any]:
         if ours.is_meta:  # rotary frequencies are not in the state dict
             model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     model.generation_config = loaded.generation_config
+    config.name_or_path = model.name_or_path = str(path)  # what an adapter's config names as its base
     return model, AutoTokenizer.from_pretrained(str(path.parent), **options)
 
 
@@ -167,7 +172,8 @@ def _adapted(path: Path, adapter: Path, number: torch.dtype) -> tuple[Any, Any]:
         name = str(folder) if folder.is_dir() else base
         model = AutoModelForCausalLM.from_pretrained(name, dtype=number, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(path) if (path / "tokenizer_config.json").is_file() else name)
-    merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    with _no_warning_of_pefts():
+        merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     return merged.requires_grad_(True), tokenizer  # peft freezes the base
 
 
@@ -182,12 +188,21 @@ def _with_adapters(model: Any, lora: Lora) -> Any:
     if lora.quantize == "4bit":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        with _no_warning_of_pefts():
+            wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise UserError(f"lora.targets = {lora.targets!r}: {error}") from None
     inner = wrapped.get_base_model()
     object.__setattr__(inner, "peft", wrapped)  # not a submodule: the wrapper holds the model, not the other way round
     return inner
+
+
+@contextlib.contextmanager
+def _no_warning_of_pefts() -> Iterator[None]:
+    """peft reads an attribute by a name that transformers is giving up; a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def _silence_dropout(model: nn.Module) -> None:
