@@ -709,6 +709,7 @@ def test_tensorboard_holds_the_records_and_a_resume_goes_on(run: RunDirectory) -
             first.log(step, record(step))
         os.kill(os.getpid(), signal.SIGKILL)  # at step 7, with a checkpoint of step 5
     os.waitpid(pid, 0)
+    time.sleep(1.1)  # TensorBoard reads its files in order of their names, which hold the second and the process
     second = trackers.tracker("tensorboard", run.path, RECIPE, step=5)
     for step in range(6, 9):
         second.log(step, record(step))

@@ -175,7 +175,10 @@ def _told(run: RunDirectory, fresh: bool) -> Iterator[None]:
         if fresh and isinstance(error, UserError) and not run.metrics():
             shutil.rmtree(run.path)
         else:
-            _fail(run, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            stopped = isinstance(error, KeyboardInterrupt)
+            _fail(run, "interrupted" if stopped else "failed")
+            if stopped:
+                print(f"continue with: truecourse resume {run.path}", file=sys.stderr)
         raise
 
 

@@ -25,7 +25,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from truecourse.errors import RunError
-from truecourse.run.files import disk_message, sync_folder
+from truecourse.run.files import disk_message, is_disk_error, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +65,9 @@ def save(run_dir: str | Path, step: int, write: Callable[[Path], None]) -> Path:
                 os.rename(old, final)
             raise
         _tidy(root)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise CheckpointError(disk_message("write checkpoint", final, error)) from error
     return final
 
@@ -87,7 +89,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise CheckpointError(disk_message("write", folder, error)) from error
 
 

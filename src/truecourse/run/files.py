@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -82,4 +83,13 @@ def disk_message(verb: str, path: Path, error: BaseException) -> str:
 
 def reason(error: BaseException) -> str:
     """The system's words for an error: "No space left on device"."""
-    return getattr(error, "strerror", None) or str(error)
+    found = FROM_RUST.search(str(error))
+    return getattr(error, "strerror", None) or (found[1] if found else str(error))
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the file system refused something; safetensors and tokenizers say so in exceptions of their own."""
+    return isinstance(error, OSError) or bool(FROM_RUST.search(str(error)))
+
+
+FROM_RUST = re.compile(r"([A-Z][\w ]*) \(os error \d+\)")
