@@ -20,7 +20,7 @@ quickstart: env ## GRPO on the shipped tiny model, with live progress and a repo
 	$(BIN)/truecourse quickstart
 
 test: env ## the tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: env ## the tests marked slow
 	$(BIN)/python -m pytest -m slow
