@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +142,9 @@ def _gguf(path: Path, number: torch.dtype) -> tuple[Any, Any]:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading a .gguf file needs the gguf package: pip install 'truecourse[gguf]'")
     options: dict[str, Any] = {"gguf_file": path.name}
-    loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=number, **options)
+    # transformers draws a bar while it converts, also into a log
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=number, **options)
     # transformers refuses to save a model that it read from gguf: the same weights in a fresh model can be saved
     config = loaded.config
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
