@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from truecourse import rewards, trainer
+from truecourse.data.order import fingerprint
 from truecourse.data.sequences import Message, Prompt
 from truecourse.errors import UserError
 from truecourse.model import loading
@@ -36,6 +38,8 @@ def run(
     recipe, stage = _recipe_of(source)
     stage = _asked(stage, data, use, prompts, max_tokens, temperature, columns, chat, system)
     assert stage.gold_sampling is not None
+    if out:
+        _make_room(Path(out))
     rows = trainer.held_out_rows(stage, recipe.seed)
     reward = rewards.build(stage.gold)
     loaded, template = _load(source, recipe)
@@ -43,14 +47,14 @@ def run(
     asked = trainer.make_prompts(
         rows, stage, template, trainer.context_of(loaded), stage.gold_sampling.max_tokens, reward
     )
-    asked = asked[: stage.gold_prompts]
-
     settings = {
+        "data": fingerprint(p.tokens for p in asked),
         "model": trainer.model_folder(source),
         "sampling": dataclasses.asdict(stage.gold_sampling),
         "gold": [dataclasses.asdict(part) for part in stage.gold],
         "seed": seed,
     }
+    asked = asked[: stage.gold_prompts]
     kept = _kept(Path(out), settings) if out else {}
     todo = [p for p in asked if p.index not in kept]
     with _bar() as bar:
@@ -88,9 +92,11 @@ def sample(
     prompt = Prompt(0, content, template.prompt_tokens(content, "the prompt"), {})
     context = trainer.context_of(loaded)
     if context and len(prompt.tokens) + max_tokens > context:
+        room = context - len(prompt.tokens)
+        fix = f"use --max-tokens {room} or less" if room > 0 else "shorten the prompt"
         raise UserError(
             f"the prompt's {len(prompt.tokens)} tokens and --max-tokens {max_tokens} do not fit the model's context of "
-            f"{context}; use --max-tokens {max(context - len(prompt.tokens), 0)} or less"
+            f"{context}; {fix}"
         )
     (completions,) = trainer.engine_of(loaded, template).generate([prompt], n, sampling, (seed, 0))
     for i, completion in enumerate(completions):
@@ -145,6 +151,18 @@ def _asked(
     return dataclasses.replace(stage, **changes, chat=stage.chat or chat, system=system or stage.system)
 
 
+def _make_room(path: Path) -> None:
+    """Raise `UserError` where no file can be kept at `path`, before any work is done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--out {str(path)!r} cannot be written: {path.parent} is not a folder ({error.strerror})"
+        ) from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--out {str(path)!r} cannot be written; name a .jsonl file in a folder of yours")
+
+
 def _kept(path: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Answers of an earlier, killed call in this file, by prompt index. A line that the kill cut short is dropped.
 
@@ -152,7 +170,6 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """
     head = json.dumps({"settings": settings}, ensure_ascii=False)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(head + "\n", encoding="utf-8")
         return {}
     *lines, _cut = path.read_text(encoding="utf-8").split("\n")

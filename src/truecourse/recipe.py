@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import textwrap
 import tomllib
 import typing
@@ -268,6 +269,11 @@ class Grpo(Stage):
             )
         if not 0 < self.reference_mix <= 1:
             raise UserError(f"{where}: reference_mix = {self.reference_mix} is not in (0, 1]")
+        if self.reference_mix < 1 and not self.reference_every:
+            raise UserError(
+                f"{where}: reference_mix = {self.reference_mix} does nothing while reference_every = 0; set how often "
+                "the reference moves, or leave it out"
+            )
         if self.reference_every and self.reference == "adapter_off":
             raise UserError(
                 f"{where}: a moving reference (reference_every) cannot be the adapter switched off; "
@@ -353,8 +359,8 @@ def from_table(table: dict[str, Any]) -> Recipe:
     """The recipe in a plain table (parsed TOML or JSON), checked."""
     table = dict(table)
     stages = table.pop("stage", [])
-    if isinstance(stages, dict):
-        raise UserError("[stage] must be a list: write [[stage]] with double brackets")
+    if not isinstance(stages, list) or not all(isinstance(row, dict) for row in stages):
+        raise UserError("`stage` must be a list of tables: write [[stage]] with double brackets")
     return dataclasses.replace(
         _convert(table, Recipe, "recipe"), stage=tuple(_stage(row, i) for i, row in enumerate(stages))
     ).check()
@@ -475,6 +481,8 @@ def _at_least(config: Any, **limits: float) -> None:
         value = getattr(config, key)
         if value is not None and not value >= limit:  # `not >=` also refuses NaN
             raise UserError(f"{key} = {value} must be at least {limit:g}")
+        if value == math.inf:
+            raise UserError(f"{key} = {value} must be a finite number")
 
 
 def _unique(names: list[str], where: str) -> None:

@@ -272,7 +272,25 @@ def resolve(config: Grpo) -> Grpo:
             f'baseline = "none" with scale = "{full.scale}" divides by a std that was not centred first; '
             'use scale = "batch" or "none"'
         )
+    _refuse_unused(full, row)
     return full
+
+
+def _refuse_unused(full: Grpo, row: dict[str, Any]) -> None:
+    """Raise `UserError` for a setting of the user's own that plays no part beside the others."""
+    unused = {
+        "while beta = 0": () if full.beta else ("kl_in", "kl_loss"),
+        'with kl_in = "reward"': ("kl_loss",) if full.kl_in == "reward" else (),
+        'with loss = "reinforce"': ("clip_low", "clip_high", "ratio") if full.loss == "reinforce" else (),
+        "without dynamic_sampling": () if full.dynamic_sampling else ("max_resamples",),
+    }
+    row = row | {"max_resamples": Grpo.max_resamples}
+    for beside, names in unused.items():
+        for name in names:
+            value = getattr(full, name)
+            if value != row[name]:
+                shown = f'"{value}"' if isinstance(value, str) else value
+                raise UserError(f"stage 'grpo': {name} = {shown} does nothing {beside}; leave it out, or change that")
 
 
 def _values(config: Grpo) -> Variant:

@@ -110,6 +110,10 @@ def _plain(source: str, path: Path, number: torch.dtype, quantize: bool, device:
 def _refuse_pickle(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"model folder {str(folder)!r} has no config.json, so it is not a Hugging Face model folder")
+    _refuse_pickled(folder)
+
+
+def _refuse_pickled(folder: Path) -> None:
     pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
     if pickles and not any(folder.glob("*.safetensors")):
         raise UserError(
@@ -165,9 +169,14 @@ def _gguf(path: Path, number: torch.dtype) -> tuple[Any, Any]:
 
 def _adapted(path: Path, adapter: Path, number: torch.dtype) -> tuple[Any, Any]:
     """Adapters merged into the base that their config names."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _refuse_pickled(path)
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"adapter folder {str(path)!r} has no {weights.name}")
     base = json.loads(adapter.read_text())["base_model_name_or_path"]
     if Path(base).suffix == ".gguf":
         model, tokenizer = _gguf(Path(base), number)
@@ -176,8 +185,14 @@ def _adapted(path: Path, adapter: Path, number: torch.dtype) -> tuple[Any, Any]:
         name = str(folder) if folder.is_dir() else base
         model = AutoModelForCausalLM.from_pretrained(name, dtype=number, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(path) if (path / "tokenizer_config.json").is_file() else name)
-    with _no_warning_of_pefts():
-        merged = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    with _no_warning_of_pefts(), safe_open(weights, framework="pt") as file:
+        adapted = PeftModel.from_pretrained(model, str(path))
+        if other := set(get_peft_model_state_dict(adapted)) ^ set(file.keys()):  # peft takes what there is
+            raise UserError(
+                f"adapter folder {str(path)!r} does not fit its own config and the base {base!r}: {min(other)} is only "
+                "in one of them"
+            )
+        merged = adapted.merge_and_unload()
     return merged.requires_grad_(True), tokenizer  # peft freezes the base
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truecourse.data.sequences import Prompt
+from truecourse.errors import UserError
 from truecourse.model.policy import Policy
 from truecourse.recipe import Sampling
 from truecourse.rewards import Reward, check_failures
@@ -48,6 +49,10 @@ def aggregate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for name in rows[0]["parts"]:
         values = [float(row["parts"][name]) for row in rows if row["parts"][name] is not None]
+        if not values:
+            raise UserError(
+                f"gold {name!r} gave no score to any prompt: it returned None, which means it does not apply"
+            )
         low, high = interval(values)
         record |= {f"gold/{name}": sum(values) / len(values), f"gold/{name}/low": low, f"gold/{name}/high": high}
     return record | {
