@@ -40,7 +40,7 @@ def run(
     assert stage.gold_sampling is not None
     if out:
         _make_room(Path(out))
-    rows = trainer.held_out_rows(stage, recipe.seed)
+    rows = trainer.held_out_rows(stage)
     reward = rewards.build(stage.gold)
     loaded, template = _load(source, recipe)
     engine = trainer.engine_of(loaded, template)

@@ -241,7 +241,7 @@ class Built:
     def __init__(self, recipe: Recipe, index: int, source: str) -> None:
         stage = self.stage = recipe.stage[index]
         self.source = source
-        train_rows, held_rows = split_rows(stage, recipe.seed)
+        train_rows, held_rows = split_rows(stage)
         gold = rewards.build(stage.gold) if stage.gold else None  # a misnamed reward shows before a model is loaded
         reward = rewards.build(stage.rewards) if isinstance(stage, Grpo) else None
         device = loading.resolve_device(recipe.device)
@@ -292,17 +292,17 @@ def read_rows(stage: Stage, source: str | tuple[str, ...]) -> list[sources.Row]:
     return sources.read(source, Path.cwd(), stage.columns)
 
 
-def split_rows(stage: Stage, seed: int) -> tuple[list[sources.Row], list[sources.Row]]:
-    """The stage's training rows and its held-out rows."""
+def split_rows(stage: Stage) -> tuple[list[sources.Row], list[sources.Row]]:
+    """The stage's training rows and its held-out rows, the same whatever the seed, so that seeds compare."""
     rows = read_rows(stage, stage.data)
     if isinstance(stage.held_out, str):
-        return rows, held_out_rows(stage, seed)
-    return split(rows, stage.held_out, seed) if stage.held_out else (rows, [])
+        return rows, held_out_rows(stage)
+    return split(rows, stage.held_out) if stage.held_out else (rows, [])
 
 
-def held_out_rows(stage: Stage, seed: int) -> list[sources.Row]:
+def held_out_rows(stage: Stage) -> list[sources.Row]:
     """The rows that the stage's gold is measured on."""
-    return read_rows(stage, stage.held_out) if isinstance(stage.held_out, str) else split_rows(stage, seed)[1]
+    return read_rows(stage, stage.held_out) if isinstance(stage.held_out, str) else split_rows(stage)[1]
 
 
 def template_of(loaded: Loaded, chat_template: str = "") -> Template:
