@@ -147,6 +147,7 @@ def _stage(
     title = f"{built.stage.method} {Path(recipe.out).name}"
     with Progress(_offset(recipe, len(recipe.stage)), offset, title, quiet=quiet) as display:
         flag.notify = display.note
+        built.engine.on_progress = lambda tokens, rows: display.phase(f"sampling, {tokens:,} tokens, {rows} rows live")
         display.recall(e for e in run.evals() if e.get("stage") == index)
         for note in built.notes:
             display.note(note)
@@ -248,7 +249,7 @@ class Built:
         torch.manual_seed(hash((recipe.seed, -1, index)))  # new adapters are drawn at random
         self.loaded = loading.load(source, device=device, dtype=recipe.dtype, lora=recipe.lora)
         self.template = template_of(self.loaded, recipe.chat_template)
-        engine = engine_of(self.loaded, self.template)
+        engine = self.engine = engine_of(self.loaded, self.template)
         self.policy = Policy(
             self.loaded,
             reference=_reference(recipe, stage),
