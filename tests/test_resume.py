@@ -154,6 +154,7 @@ class Case:
     def start(self, *, die_at: int = 0, slow: float = 0.0, full_at: int = 0, powerless: bool = False) -> Any:
         """Train, or resume where there is a run."""
         (self.folder / "log.txt").write_text("")
+        (self.folder / "writing").unlink(missing_ok=True)
         log = str(self.folder / "log.txt")
         process = FORKS.Process(target=_child, args=(str(self.folder), log, die_at, slow, full_at, powerless))
         process.start()
@@ -176,7 +177,6 @@ class Case:
 
     def start_writing(self, seconds: float = 30.0) -> Any:
         """`start`, and wait until it is writing a checkpoint, which takes it that long."""
-        (self.folder / "writing").unlink(missing_ok=True)
         process = self.start(slow=seconds)
         while process.is_alive() and not (self.folder / "writing").exists():
             time.sleep(0.001)
@@ -321,24 +321,62 @@ def test_a_run_killed_at_many_random_moments(name: str, uninterrupted: Any, plac
         case = Case(place, model, name)
         for _ in range(6):
             kind = draw.choice(["moment", "operation", "write"])
+            process = case.start(
+                die_at=draw.randrange(1, operations // 3) if kind == "operation" else 0,
+                slow=0.1 if kind == "write" else 0.0,
+            )
             if kind == "moment":
-                process = case.start()
-                time.sleep(draw.uniform(0, seconds))
+                time.sleep(draw.uniform(0, seconds / 2))
                 process.kill()
-                case.wait(process)
-            elif kind == "operation":
-                case.wait(case.start(die_at=draw.randrange(1, operations // 2)))
-            else:
-                process = case.start_writing(0.1)
+            elif kind == "write":
+                while process.is_alive() and not (case.folder / "writing").exists():
+                    time.sleep(0.001)
                 time.sleep(draw.uniform(0, 0.12))
                 inside += bool(list(case.run.glob("checkpoints/.step-*.tmp")))
                 process.kill()
-                case.wait(process)
+            case.wait(process)
         total += case.kills
         same(case.finish(), expected)
         shutil.rmtree(case.folder)
     print(f"{name}: {total} kills, {inside} inside a checkpoint write")
-    assert total >= 15
+    assert total >= 12 and inside
+
+
+@pytest.mark.slow
+def test_the_quickstart_killed_25_times(place: Path) -> None:
+    """The quickstart itself, in a process of its own each time, at moments of up to 8 seconds after its start."""
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "truecourse", "quickstart", "--quiet", "--out", "run"]
+        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    process = start(place)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    expected = contents(place / "run")
+    shutil.rmtree(place)
+
+    draw, kills = random.Random(25), 0
+    while kills < 25:
+        process, before = start(place), steps_done(place / "run")
+        while process.poll() is None and steps_done(place / "run") == before:  # it is training again
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 8))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            same(contents(place / "run"), expected)
+            shutil.rmtree(place)
+        kills += process.returncode == -signal.SIGKILL
+    process = start(place)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output.decode()
+    same(contents(place / "run"), expected)
+
+
+def steps_done(run: Path) -> bytes:
+    return (run / "metrics.jsonl").read_bytes() if (run / "metrics.jsonl").is_file() else b""
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
