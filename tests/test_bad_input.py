@@ -445,6 +445,17 @@ def test_a_traceback_is_shown_where_it_is_asked_for(folder: Path) -> None:
         cli.main(["train", "none.toml", "--traceback"])
 
 
+def test_a_rewards_own_traceback_is_shown_where_it_is_asked_for(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = changed(GRPO, "rewards", [{"use": "mine.py:raises"}])
+    (folder / "r.toml").write_text(tomli_w.dumps({"model": str(model), "out": "run", "stage": [stage]}))
+    with pytest.raises(ValueError, match="reward 'raises' failed"):
+        cli.main(["train", "r.toml", "--quiet", "--traceback"])
+    error = capsys.readouterr().err
+    assert 'raise KeyError("price list")' in error and "mine.py" in error
+
+
 def test_the_exit_code_reaches_the_shell(folder: Path) -> None:
     def shell(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "truecourse", *args], capture_output=True, text=True)

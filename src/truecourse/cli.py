@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if with_traceback:
+            print(getattr(error, "traceback", ""), file=sys.stderr)  # a reward's own, which was kept from its sample
             raise
         if isinstance(error, UserError | RunError):
             print(f"error: {error}", file=sys.stderr)

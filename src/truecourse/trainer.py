@@ -113,6 +113,7 @@ def model_folder(source: str) -> str:
 def settle(recipe: Recipe) -> None:
     """Process-wide settings that results depend on, bit for bit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may sum in another order each time
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
