@@ -1,1 +1,2 @@
-"""J and its estimators as pure functions of tensors, with nothing but torch: `kl`, `advantages`, `surrogate`."""
+"""J and its estimators as pure functions of tensors, with nothing but torch: `kl`, `advantages`,
+`surrogate`, `preference`."""
