@@ -241,7 +241,7 @@ def show(out: Path, gsm8k: dict[str, Any] | None) -> None:
     from truecourse.run.directory import RunDirectory
 
     console = Console()
-    table = Table(title=f"{NAME}: share of right answers, with 95 % intervals")
+    table = Table(title="share of right answers, with its 95 % interval")
     for heading in ("", "before", "after", "seconds"):
         table.add_column(heading, justify="right" if heading else "left")
     runs = {name: RunDirectory.open(out / name) for name in RUNS}
@@ -249,10 +249,10 @@ def show(out: Path, gsm8k: dict[str, Any] | None) -> None:
         evals = run.evals()
         how = "LoRA" if run.recipe().lora else "all weights"
         cells = [_measure(r, "number") for r in (evals[0], evals[-1])]
-        table.add_row(f"held-out one-digit sums, sampled, {how}", *cells, f"{_summary(run.path)['seconds']:.0f}")
+        table.add_row(f"held-out sums, {how}", *cells, f"{_summary(run.path)['seconds']:.0f}")
     if gsm8k is not None:
         took = f"{gsm8k['seconds']:.0f}" if "seconds" in gsm8k else ""
-        table.add_row(f"GSM8K, first {gsm8k['n']} test problems, greedy", _measure(gsm8k, "math"), "", took)
+        table.add_row(f"GSM8K, {gsm8k['n']} problems", _measure(gsm8k, "math"), "", took)
     console.print(table)
 
     samples = Table(title="three of the sums that training never saw")
@@ -272,7 +272,7 @@ def show(out: Path, gsm8k: dict[str, Any] | None) -> None:
 
 def _measure(record: dict[str, Any], name: str) -> str:
     low, high = record[f"gold/{name}/low"], record[f"gold/{name}/high"]
-    return f"{record[f'gold/{name}']:.1%} ({low:.1%} to {high:.1%})"
+    return f"{record[f'gold/{name}']:.1%} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def _answers(run: Any, at: int) -> list[dict[str, Any]]:
