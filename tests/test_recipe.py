@@ -14,10 +14,10 @@ from truecourse import recipe as recipes
 from truecourse import starter
 from truecourse.errors import UserError
 from truecourse.methods import grpo
-from truecourse.recipe import STAGES, Grpo, Lora, Recipe, RewardPart, Sampling, Sft, Stage, field_docs
+from truecourse.recipe import STAGES, Dpo, Grpo, Lora, Recipe, RewardPart, Sampling, Sft, Stage, field_docs
 from truecourse.trainer import resolve
 
-CONFIGS = (Recipe, Lora, Sampling, RewardPart, Stage, Sft, Grpo)
+CONFIGS = (Recipe, Lora, Sampling, RewardPart, Stage, Sft, Grpo, Dpo)
 FULL = Recipe(
     model="some/model",
     seed=3,

@@ -12,15 +12,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from truecourse.errors import RunError, UserError
-    from truecourse.recipe import Grpo, Lora, Recipe, RewardPart, Sampling, Sft
+    from truecourse.recipe import Dpo, Grpo, Lora, Recipe, RewardPart, Sampling, Sft
     from truecourse.trainer import Result, resume, train
 
 _HOME = {
     "trainer": ("train", "resume", "Result"),
-    "recipe": ("Recipe", "Grpo", "Sft", "Lora", "Sampling", "RewardPart"),
+    "recipe": ("Recipe", "Dpo", "Grpo", "Sft", "Lora", "Sampling", "RewardPart"),
     "errors": ("UserError", "RunError"),
 }
 __all__ = [
+    "Dpo",
     "Grpo",
     "Lora",
     "Recipe",

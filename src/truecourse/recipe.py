@@ -287,7 +287,57 @@ class Grpo(Stage):
             )
 
 
-STAGES: dict[str, type[Stage]] = {cls.method: cls for cls in (Sft, Grpo)}
+@dataclass(frozen=True, kw_only=True)
+class Dpo(Stage):
+    """Direct preference optimisation and its variants: Bradley–Terry with the policy's own implicit reward."""
+
+    method: ClassVar[str] = "dpo"
+
+    batch_size: int = 32
+    """Pairs per optimiser step; 32–128 are common."""
+    lr: float = 5e-7
+    """Peak learning rate. Full weights: 1e-7..5e-7; about 10× with LoRA."""
+    variant: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "dpo_norm", "simpo"] = "dpo"
+    """Which row of the table in methods/dpo.py fills the settings below that you leave out."""
+    beta: float | None = None
+    """Reward per nat of log-ratio: the weight of the KL in J. 0.01–0.2 where log-probs are summed, 2–10 where they are
+    averaged over tokens."""
+    loss: Literal["sigmoid", "square", "hinge"] | None = None
+    """What is taken of a pair's margin: Bradley–Terry, IPO's square, or SLiC's hinge."""
+    length: Literal["sum", "mean"] | None = None
+    """Log-prob of an answer: the sum over its tokens, or their mean."""
+    target_margin: float | None = None
+    """Margin that a pair should reach beyond zero, in reward units (SimPO's gamma)."""
+    label_smoothing: float | None = None
+    """Share of the choices that you believe to be flipped, in [0, 0.5)."""
+    robust: bool | None = None
+    """With label_smoothing: the loss that is unbiased under such flips, in place of the conservative one."""
+    reference: Literal["auto", "copy", "adapter_off", "offload", "stored", "none"] | None = None
+    """How the reference is kept: a frozen copy, the adapter switched off (auto with LoRA), a copy that leaves the GPU
+    while gradients are computed, log-probs stored before the first step (no second model in memory), or none."""
+    max_length: int = 0
+    """Longest prompt and answer together in tokens. 0 is the model's context."""
+    prompt_end: str = ""
+    """In pairs of whole texts without a prompt: what the prompt ends in, such as "\\n\\nAssistant:"; its last place
+    counts. Without it, all that both texts begin with is the prompt."""
+    bad_pairs: Literal["refuse", "skip"] = "refuse"
+    """What happens to pairs that are identical, empty, lack a side or do not share their prompt; both list them."""
+    long_pairs: Literal["refuse", "skip"] = "refuse"
+    """What happens to pairs longer than max_length; both list them."""
+
+    def check(self) -> None:
+        super().check()
+        where = "stage 'dpo'"
+        _at_least(self, batch_size=1, max_length=0, beta=0.0, target_margin=0.0, label_smoothing=0.0)
+        if self.beta == 0:
+            raise UserError(f"{where}: beta = 0 makes every reward 0; 0.1 is the usual start")
+        if self.label_smoothing is not None and not self.label_smoothing < 0.5:
+            raise UserError(
+                f"{where}: label_smoothing = {self.label_smoothing} must be below 0.5, where choices say nothing"
+            )
+
+
+STAGES: dict[str, type[Stage]] = {cls.method: cls for cls in (Sft, Grpo, Dpo)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import Any
 import tomli_w
 
 from truecourse.errors import UserError
-from truecourse.recipe import STAGES, Grpo, Lora, Recipe, RewardPart, Sampling, Sft, field_docs, to_table
+from truecourse.recipe import STAGES, Dpo, Grpo, Lora, Recipe, RewardPart, Sampling, Sft, field_docs, to_table
 
 # What most runs set, with values that run as they are on the shipped tiny model.
-EXAMPLES: dict[str, Grpo | Sft] = {
+EXAMPLES: dict[str, Grpo | Sft | Dpo] = {
     "grpo": Grpo(
         data="lab:sums",
         held_out="lab:sums-held-out",
@@ -35,6 +35,16 @@ EXAMPLES: dict[str, Grpo | Sft] = {
         lr=1e-3,
         gold_every=25,
     ),
+    "dpo": Dpo(
+        data="lab:sums-pairs",
+        held_out="lab:sums-pairs-held-out",
+        gold=(RewardPart(use="exact", name="correct"),),
+        gold_sampling=Sampling(temperature=0.0, max_tokens=8),
+        steps=300,
+        lr=1e-3,
+        beta=0.5,
+        gold_every=50,
+    ),
 }
 COMMON: dict[type, tuple[str, ...]] = {
     Recipe: ("model", "out", "seed"),
@@ -51,6 +61,19 @@ COMMON: dict[type, tuple[str, ...]] = {
         "micro_tokens",
     ),
     Sft: ("data", "held_out", "steps", "lr", "batch_size", "gold_every", "micro_tokens"),
+    Dpo: (
+        "data",
+        "held_out",
+        "steps",
+        "lr",
+        "batch_size",
+        "variant",
+        "beta",
+        "reference",
+        "bad_pairs",
+        "gold_every",
+        "micro_tokens",
+    ),
 }
 TABLES = ("sampling", "gold_sampling", "rewards", "gold", "columns")
 

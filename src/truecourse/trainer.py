@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from truecourse import rewards
-from truecourse.data import formats, sources
+from truecourse.data import formats, pairs, sources
 from truecourse.data.sequences import Prompt
 from truecourse.data.split import leaks, split
 from truecourse.data.template import Template, load_chat_template
 from truecourse.errors import RunError, UserError
-from truecourse.methods import grpo, sft
+from truecourse.methods import dpo, grpo, sft
 from truecourse.model import loading
 from truecourse.model.loading import Loaded
 from truecourse.model.policy import Policy
-from truecourse.recipe import Grpo, Recipe, RewardPart, Sampling, Sft, Stage
+from truecourse.recipe import Dpo, Grpo, Recipe, RewardPart, Sampling, Sft, Stage
 from truecourse.recipe import load as load_recipe
 from truecourse.rollout.local import LocalEngine
 from truecourse.run import checkpoint, trackers
@@ -83,6 +83,8 @@ def resolve(recipe: Recipe) -> Recipe:
     for stage in recipe.stage:
         if isinstance(stage, Grpo):
             stage = grpo.resolve(stage)
+        elif isinstance(stage, Dpo):
+            stage = dpo.resolve(stage)
         names = (stage.data,) if isinstance(stage.data, str) else stage.data
         data = tuple(_absolute(name) for name in names)
         parts = {"gold": tuple(map(_absolute_part, stage.gold))}
@@ -243,7 +245,8 @@ class Built:
     def __init__(self, recipe: Recipe, index: int, source: str) -> None:
         stage = self.stage = recipe.stage[index]
         self.source = source
-        train_rows, held_rows = split_rows(stage)
+        skipped: list[str] = []
+        train_rows, held_rows = split_rows(stage, skipped)
         gold = rewards.build(stage.gold) if stage.gold else None  # a misnamed reward shows before a model is loaded
         reward = rewards.build(stage.rewards) if isinstance(stage, Grpo) else None
         device = loading.resolve_device(recipe.device)
@@ -260,7 +263,7 @@ class Built:
             gradient_checkpointing=recipe.gradient_checkpointing,
         )
         context = context_of(self.loaded)
-        self.notes = [note for note in (self.loaded.note, _leaks(train_rows, held_rows)) if note]
+        self.notes = [note for note in (self.loaded.note, _leaks(train_rows, held_rows), *skipped) if note]
         """What the user should know before the first step."""
         if isinstance(stage, Grpo):
             assert reward is not None
@@ -276,6 +279,12 @@ class Built:
             demos = _demonstrations(train_rows, stage, self.template, limit)
             held = _demonstrations([row for row in held_rows if _answered(row)], stage, self.template, limit)
             self.method = sft.SFT(stage, self.policy, demos, held, recipe.seed)
+        elif isinstance(stage, Dpo):
+            limit = min(context or stage.max_length, stage.max_length or context)
+            compared = [row for row in held_rows if pairs.compared(row)]
+            trained_on = _pairs(train_rows, stage, self.template, limit, self.notes)
+            held_pairs = _pairs(compared, stage, self.template, limit, self.notes)
+            self.method = dpo.DPO(stage, self.policy, trained_on, held_pairs, recipe.seed)
         else:
             raise AssertionError(stage.method)
         self.gold = self._gold(gold, held_rows, engine, context) if gold else None
@@ -289,16 +298,26 @@ class Built:
         return Gold(stage.gold[0].label, gold, engine, prompts[: stage.gold_prompts], stage.gold_sampling)
 
 
-def read_rows(stage: Stage, source: str | tuple[str, ...]) -> list[sources.Row]:
-    """The rows of a source, its columns renamed as the stage asks."""
-    return sources.read(source, Path.cwd(), stage.columns)
+def read_rows(stage: Stage, source: str | tuple[str, ...], skipped: list[str] | None = None) -> list[sources.Row]:
+    """The rows of a source, its columns renamed as the stage asks. Comparisons are given a prompt each; what is told of
+    malformed ones goes to `skipped`."""
+    rows = sources.read(source, Path.cwd(), stage.columns)
+    if isinstance(stage, Dpo):
+        count = len(rows)
+        rows, problems = pairs.comparisons(rows, stage.prompt_end)
+        told = pairs.settle(problems, stage.bad_pairs, "bad_pairs", count)
+        if not rows:
+            raise UserError(f"no pair is left: {told}")
+        if skipped is not None and told:
+            skipped.append(told)
+    return rows
 
 
-def split_rows(stage: Stage) -> tuple[list[sources.Row], list[sources.Row]]:
+def split_rows(stage: Stage, skipped: list[str] | None = None) -> tuple[list[sources.Row], list[sources.Row]]:
     """The stage's training rows and its held-out rows, the same whatever the seed, so that seeds compare."""
-    rows = read_rows(stage, stage.data)
+    rows = read_rows(stage, stage.data, skipped)
     if isinstance(stage.held_out, str):
-        return rows, held_out_rows(stage)
+        return rows, read_rows(stage, stage.held_out, skipped)
     return split(rows, stage.held_out) if stage.held_out else (rows, [])
 
 
@@ -356,6 +375,23 @@ def _demonstrations(rows: list[sources.Row], stage: Stage, template: Template, l
     ]
 
 
+def _pairs(
+    rows: list[sources.Row], stage: Dpo, template: Template, limit: int, notes: list[str]
+) -> list[pairs.TokenPair]:
+    found = [
+        pair._replace(prompt=with_system(pair.prompt, stage.system)) for pair in pairs.pairs(rows, chat=stage.chat)
+    ]
+    good, same, long = pairs.tokenise(found, template, limit)
+    told = (
+        pairs.settle(same, stage.bad_pairs, "bad_pairs", len(rows)),
+        pairs.settle(long, stage.long_pairs, "long_pairs", len(rows)),
+    )
+    notes += [note for note in told if note]
+    if rows and not good:
+        raise UserError(f"no pair is left of {len(rows)}: {'; '.join(filter(None, told))}")
+    return good
+
+
 def _answered(row: sources.Row) -> bool:
     """Held-out rows may be bare prompts, kept for the gold alone."""
     return "completion" in row.values or "messages" in row.values
@@ -373,11 +409,11 @@ def _leaks(train_rows: list[sources.Row], held_rows: list[sources.Row]) -> str:
 
 
 def _reference(recipe: Recipe, stage: Stage) -> Any:
-    if not isinstance(stage, Grpo):
+    if not isinstance(stage, Grpo | Dpo):
         return "none"
     if stage.reference == "auto":
         return "adapter_off" if recipe.lora else "copy"
-    return stage.reference
+    return "none" if stage.reference == "stored" else stage.reference
 
 
 def _absolute(name: str) -> str:

@@ -3,7 +3,7 @@
     prompt                      text, or chat messages; the other columns reach the reward
     prompt + completion         text, or chat messages; a demonstration
     messages                    a chat; a demonstration for each assistant turn
-    prompt + chosen + rejected  a comparison
+    prompt + chosen + rejected  a comparison (see `pairs`)
 
 These are TRL's column names, so its data sets work unchanged.
 """

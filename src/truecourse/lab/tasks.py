@@ -4,6 +4,9 @@
     sums-held-out   500 others, of which neither a + b nor b + a is in `sums`
     sums-demos      demonstrations of 250 of `sums`: what the shipped model was fine-tuned on
 
+    sums-pairs, sums-pairs-held-out
+                    `sums` and `sums-held-out` as comparisons: `chosen` is the answer, `rejected` one near it
+
 The sum of 47 and 38 is asked as `47+38=` and answered `85`.
 """
 
@@ -68,6 +71,24 @@ def _sum(a: int, b: int) -> dict[str, Any]:
     }
 
 
+def _sums_pairs() -> list[dict[str, Any]]:
+    return [_pair(row) for row in _sums()]
+
+
+def _sums_pairs_held_out() -> list[dict[str, Any]]:
+    return [_pair(row) for row in _sums_held_out()]
+
+
+def _pair(row: dict[str, Any]) -> dict[str, Any]:
+    """A sum beside one that is wrong by 1, 2, 10 or 20."""
+    near = (-20, -10, -2, -1, 1, 2, 10, 20)
+    off = near[_shuffled("wrong " + row["prompt"][0]["content"])[0] % len(near)]
+    wrong = int(row["answer"]) + off
+    wrong = wrong if wrong > 0 else int(row["answer"]) - off
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (row["answer"], str(wrong)))
+    return {**row, "chosen": chosen, "rejected": rejected}
+
+
 def _digits() -> list[dict[str, Any]]:
     return [row for pair in _digit_pairs()[HELD_OUT_DIGITS:] for row in _both(*pair)]
 
@@ -102,6 +123,8 @@ TASKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "sums": _sums,
     "sums-held-out": _sums_held_out,
     "sums-demos": _sums_demos,
+    "sums-pairs": _sums_pairs,
+    "sums-pairs-held-out": _sums_pairs_held_out,
     "digits": _digits,
     "digits-held-out": _digits_held_out,
 }

@@ -91,20 +91,25 @@ class Policy:
 
     # -- cutting a batch
 
-    def micro_batches(self, batch: Batch) -> list[MicroBatch]:
+    def micro_batches(self, batch: Batch, unit: int = 1) -> list[MicroBatch]:
         """`batch` cut, in order, to at most `micro_tokens` tokens each (prompts counted once); one sequence that is
-        longer by itself goes alone."""
+        longer by itself goes alone.
+
+        unit: completions that a loss couples, such as the 2 of a pair, and that therefore stay together.
+        """
         parts: list[MicroBatch] = []
-        first, token, used, prompts = 0, 0, 0, -1
+        first, token, used, last = 0, 0, 0, -1
         lengths = batch.lengths_N
-        for row, (owner, length) in enumerate(zip(batch.owner, lengths)):
-            cost = length + (len(batch.prompts[owner]) if owner != prompts else 0)
+        assert len(lengths) % unit == 0
+        for row in range(0, len(lengths), unit):
+            owners, here = dict.fromkeys(batch.owner[row : row + unit]), sum(lengths[row : row + unit])
+            cost = here + sum(len(batch.prompts[o]) for o in owners if o != last)
             if row > first and used + cost > self.micro_tokens:
                 parts.append(_cut(batch, first, row, token))
                 token += sum(lengths[first:row])
                 first, used = row, 0
-                cost = length + len(batch.prompts[owner])
-            used, prompts = used + cost, owner
+                cost = here + sum(len(batch.prompts[o]) for o in owners)
+            used, last = used + cost, batch.owner[row + unit - 1]
         return [*parts, _cut(batch, first, len(lengths), token)]
 
     @torch.no_grad()
