@@ -63,7 +63,8 @@ def main() -> None:
             found.append(points)
             first, last, best = points[0][1], points[-1][1], max(v for _, v in points)
             counted = last if kind == "grpo" else best
-            print(f"| {kind} | {seed} | {first:.3f} | {last:.3f} | {best:.3f} | {100 * (counted - first):+.1f} | {spent:.0f} |")
+            gain = 100 * (counted - first)
+            print(f"| {kind} | {seed} | {first:.3f} | {last:.3f} | {best:.3f} | {gain:+.1f} | {spent:.0f} |")
     if args.svg:
         args.svg.write_text(svg(curves), encoding="utf-8")
 
@@ -78,7 +79,8 @@ def svg(curves: dict[str, list[list[tuple[int, float]]]]) -> str:
         return f"{left + x * (width - left - 12):.1f},{12 + (1 - y) * (height - bottom - 12):.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
+        ' font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -94,7 +96,8 @@ def svg(curves: dict[str, list[list[tuple[int, float]]]]) -> str:
         x, y = left + 200, height - bottom - 40 + 18 * i
         parts.append(f'<path d="M{x},{y - 4} h20" stroke="{colours[kind]}" stroke-width="3"/>')
         parts.append(f'<text x="{x + 26}" y="{y}">{label}</text>')
-    parts.append(f'<text x="{left}" y="{height - 12}">held-out sums right, greedy, against the share of each run\'s steps</text>')
+    caption = "held-out sums right, greedy, against the share of each run's steps"
+    parts.append(f'<text x="{left}" y="{height - 12}">{caption}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

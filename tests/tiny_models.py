@@ -18,9 +18,18 @@ def tiny(name: str, seed: int = 0) -> Any:
 
     t.logging.set_verbosity_error()
     torch.manual_seed(seed)
-    common = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, intermediate_size=64, max_position_embeddings=256, eos_token_id=None,
-                  bos_token_id=None, pad_token_id=None)  # fmt: skip
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
     if name == "llama":
         model = t.LlamaForCausalLM(t.LlamaConfig(**common))
     elif name == "qwen3":
