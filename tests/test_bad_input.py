@@ -151,7 +151,7 @@ RECIPES = [
     (GRPO, "step", 5, "stage 0 .grpo.: unknown key 'step'; did you mean 'steps'?"),
     (GRPO, "sampling.max_token", 5, "unknown key 'max_token'; did you mean 'max_tokens'?"),
     (GRPO, "rewards.wieght", 5.0, "unknown key 'wieght'; did you mean 'weight'?"),
-    (GRPO, "method", "gpro", "method = 'gpro' is not one of sft, grpo; did you mean 'grpo'?"),
+    (GRPO, "method", "gpro", "method = 'gpro' is not one of sft, grpo, dpo; did you mean 'grpo'?"),
     (GRPO, "steps", "many", "stage 0 .grpo.: Expected `int`, got `str` - in `steps`"),
     (GRPO, "sampling.temperature", "hot", "Expected `float`, got `str` - in `sampling.temperature`"),
     (GRPO, "variant", "dapoo", "Invalid enum value 'dapoo' - in `variant`"),
