@@ -257,7 +257,7 @@ class Built:
         self.policy = Policy(
             self.loaded,
             reference=_reference(recipe, stage),
-            micro_tokens=stage.micro_tokens,
+            micro_tokens=stage.micro_tokens or (2048 if device.type == "cpu" else 16384),
             weight_decay=stage.weight_decay,
             max_grad_norm=stage.max_grad_norm,
             gradient_checkpointing=recipe.gradient_checkpointing,
