@@ -71,7 +71,8 @@ def run(
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
             bar.update(task, completed=len(asked) - len(todo) + start + len(part))
     record = aggregate([kept[p.index] for p in asked])
-    _print(source, record, as_json)
+    folder = trainer.model_folder(source)
+    _print(source if folder == source else f"{source}, {Path(folder).name}", record, as_json)
     return record
 
 
