@@ -21,6 +21,7 @@ import torch
 import truecourse
 from truecourse import cli
 from truecourse import recipe as recipes
+from truecourse.lab.tasks import task
 from truecourse.recipe import Grpo, Lora, Recipe, RewardPart, Sampling, Sft
 from truecourse.run.directory import RunDirectory
 
@@ -30,6 +31,9 @@ import signal
 
 def digits(completion):
     return sum(c.isdigit() for c in completion) / max(1, len(completion))
+
+def chaos(completion):  # another text, another score
+    return sum(map(ord, completion)) % 97 / 97
 
 def vowels(completion):
     return {"a": float("a" in completion), "e": float("e" in completion)}
@@ -55,7 +59,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "random"
     save_new(folder, 0)
     (folder.parent / "reward.py").write_text(REWARD)
+    write_data(folder.parent)
     return folder
+
+
+def write_data(folder: Path) -> None:
+    """A few rows of the lab's sums: all of them take a second to tokenise."""
+    for name, rows in {
+        "sums": task("sums")[:50], "held-out": task("sums-held-out")[:8], "demos": task("sums-demos")[:30],
+    }.items():  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def part(name: str, **more: Any) -> RewardPart:
@@ -63,19 +76,20 @@ def part(name: str, **more: Any) -> RewardPart:
 
 
 SFT = Sft(
-    data="lab:sums-demos", held_out="lab:sums-held-out", steps=6, lr=5e-3, batch_size=4, gold=(part("digits"),),
+    data="demos.jsonl", held_out="held-out.jsonl", steps=6, lr=5e-3, batch_size=4, gold=(part("chaos"),),
     gold_prompts=8, gold_every=4, gold_sampling=Sampling(max_tokens=8, temperature=0.0),
 )  # fmt: skip
 GRPO = Grpo(
-    data="lab:sums", held_out="lab:sums-held-out", steps=7, lr=5e-3, prompts_per_step=4, group_size=4,
+    data="sums.jsonl", held_out="held-out.jsonl", steps=7, lr=5e-3, prompts_per_step=4, group_size=4,
     updates_per_rollout=2, sampling=Sampling(max_tokens=8), rewards=(part("digits"), part("vowels", weight=0.5)),
-    gold=(part("digits"), RewardPart(use="exact")), gold_prompts=8, gold_every=3, kl_every=2,
+    gold=(part("chaos"), RewardPart(use="exact")), gold_prompts=8, gold_every=3, kl_every=2,
 )  # fmt: skip
 
 
 @pytest.fixture
 def here(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "reward.py").write_text(REWARD)
+    write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -86,7 +100,7 @@ def finished(model: Path) -> RunDirectory:
     before = os.getcwd()
     os.chdir(model.parent)
     try:
-        recipe = Recipe(model=str(model), out=str(model.parent / "finished"), seed=1, stage=(SFT, GRPO))
+        recipe = Recipe(model=str(model), out=str(model.parent / "finished"), seed=5, stage=(SFT, GRPO))
         result = truecourse.train(recipe, quiet=True)
     finally:
         os.chdir(before)
@@ -116,17 +130,17 @@ def test_a_run_holds_what_the_design_says(finished: RunDirectory) -> None:
 def test_the_summary_says_what_the_records_say(finished: RunDirectory) -> None:
     summary = json.loads((finished.path / "summary.json").read_text())
     metrics, evals = finished.metrics(), finished.evals()
-    assert summary["method"] == "grpo" and summary["stages"] == ["sft", "grpo"] and summary["seed"] == 1
+    assert summary["method"] == "grpo" and summary["stages"] == ["sft", "grpo"] and summary["seed"] == 5
     assert summary["model"] == finished.recipe().model and summary["status"] == "finished" and summary["steps"] == 13
     assert summary["tokens"] == sum(r.get("tokens/prompt", 0) + r.get("tokens/completion", 0) for r in metrics)
     seconds = sum(r["time/step"] for r in metrics) + sum(r["time/gold"] for r in evals)
     assert summary["seconds"] == pytest.approx(seconds)
-    values = [r["gold/digits"] for r in evals]
+    values = [r["gold/chaos"] for r in evals]
     best = max(values)
-    assert summary["gold"]["digits"] == {
+    assert summary["gold"]["chaos"] == {
         "first": values[0], "last": values[-1], "best": best, "best_step": evals[values.index(best)]["step"],
     }  # fmt: skip
-    assert set(summary["gold"]) == {"digits", "exact"}
+    assert set(summary["gold"]) == {"chaos", "exact"}
     rewards = [r["reward/mean"] for r in metrics if "reward/mean" in r]
     assert summary["reward"] == {"first": rewards[0], "last": rewards[-1]}
     assert summary["kl_ref"] == [r["kl/ref"] for r in metrics if "kl/ref" in r][-1]
@@ -184,13 +198,13 @@ def test_the_gold_is_measured_at_the_start_every_n_steps_and_at_the_end(finished
     evals = finished.evals()
     assert [(r["stage"], r["step"]) for r in evals] == [(0, 0), (0, 4), (0, 6), (1, 6), (1, 9), (1, 12), (1, 13)]
     for record in evals:
-        for name in ("digits", "exact") if record["stage"] else ("digits",):
+        for name in ("chaos", "exact") if record["stage"] else ("chaos",):
             assert record[f"gold/{name}/low"] <= record[f"gold/{name}"] <= record[f"gold/{name}/high"]
-            assert record[f"gold/{name}/low"] < record[f"gold/{name}/high"] or name == "digits"
+            assert record[f"gold/{name}/low"] < record[f"gold/{name}/high"] or name == "chaos"
         assert record["n"] == 8 and "loss/held_out" not in record, "held-out rows are bare prompts"
         rows = [r for r in finished.read_rollouts(record["step"], "gold") if r["stage"] == record["stage"]]
-        assert len(rows) == 8 and record["gold/digits"] == pytest.approx(
-            statistics.mean(row["parts"]["digits"] for row in rows)
+        assert len(rows) == 8 and record["gold/chaos"] == pytest.approx(
+            statistics.mean(row["parts"]["chaos"] for row in rows)
         )
     stages = [row["stage"] for row in finished.read_rollouts(6, "gold")]
     assert stages == [0] * 8 + [1] * 8, "the end of one stage and the start of the next are both kept"
@@ -213,8 +227,9 @@ def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[str]
 def test_checkpoints_are_plain_hugging_face_folders_with_the_weights_measured(finished: RunDirectory) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    evals = [r for r in finished.evals() if r["stage"] == 1 and r["step"] > 6]
-    best = max(evals, key=lambda r: (r["gold/digits"], -r["step"]))["step"]
+    evals = [r for r in finished.evals() if r["stage"] == 1]
+    best = max(evals, key=lambda r: (r["gold/chaos"], -r["step"]))["step"]
+    assert best in (9, 12), "the stage's best is neither its start nor its end, so that it must have been kept"
     kept = {int(p.name.removeprefix("step-")) for p in (finished.path / "checkpoints").iterdir()}
     assert {best, 13} <= kept <= {4, 6, best, 13}
     for step in (best, 13):
@@ -242,7 +257,7 @@ def test_adapters_of_one_stage_go_on_over_those_of_the_last(here: Path, model: P
     import peft
     from transformers import AutoTokenizer
 
-    stages = (dataclasses.replace(SFT, lr=0.05), dataclasses.replace(GRPO, steps=3, lr=0.05))
+    stages = (dataclasses.replace(SFT, lr=5e-3), dataclasses.replace(GRPO, steps=3, lr=5e-3))
     recipe = Recipe(model=str(model), out="run", lora=Lora(rank=4), stage=stages)
     run = RunDirectory.open(truecourse.train(recipe, quiet=True).path)
     last = run.evals()[-1]["step"]
@@ -257,8 +272,8 @@ def test_adapters_of_one_stage_go_on_over_those_of_the_last(here: Path, model: P
     # and a run's result is a model that another run can start from, adapters on top of adapters
     more = Recipe(model="run", out="more", lora=Lora(rank=2), stage=(dataclasses.replace(GRPO, steps=1),))
     again = RunDirectory.open(truecourse.train(more, quiet=True).path)
-    best = max((r for r in run.evals() if r["stage"] == 1 and r["step"] > 6), key=lambda r: r["gold/digits"])
-    assert again.evals()[0]["gold/digits"] == pytest.approx(best["gold/digits"])
+    best = max((r for r in run.evals() if r["stage"] == 1 and r["step"] > 6), key=lambda r: r["gold/chaos"])
+    assert again.evals()[0]["gold/chaos"] == pytest.approx(best["gold/chaos"])
     assert (again.path / "base-0" / "model.safetensors").is_file()
 
 
@@ -325,11 +340,11 @@ def test_from_init_to_a_report(run: Run, here: Path, model: Path) -> None:
 
 def test_eval_of_a_run_is_its_own_gold_again(run: Run, finished: RunDirectory) -> None:
     evals = [r for r in finished.evals() if r["stage"] == 1 and r["step"] > 6]
-    best = max(evals, key=lambda r: (r["gold/digits"], -r["step"]))
+    best = max(evals, key=lambda r: (r["gold/chaos"], -r["step"]))
     record = json.loads(run("eval", str(finished.path), "--json"))
     assert record == {k: v for k, v in best.items() if k not in ("step", "stage", "time/gold")}
     table = run("eval", str(finished.path))
-    assert "8 prompts" in table and "digits" in table and "95 % interval" in table
+    assert "8 prompts" in table and "chaos" in table and "95 % interval" in table
 
 
 def test_eval_of_any_model_and_its_kept_answers(run: Run, here: Path, model: Path) -> None:
@@ -383,7 +398,7 @@ def test_a_gold_reached_stops_the_run(run: Run, here: Path, model: Path) -> None
 
 
 def test_held_out_prompts_that_are_trained_on_are_said(here: Path, model: Path, capfd: Any) -> None:
-    stage = dataclasses.replace(GRPO, steps=1, held_out="lab:sums")
+    stage = dataclasses.replace(GRPO, steps=1, held_out="sums.jsonl")
     truecourse.train(Recipe(model=str(model), out="run", stage=(stage,)), quiet=True)
     assert "held-out prompts are trained on as well" in capfd.readouterr().err
 

@@ -24,6 +24,7 @@ from truecourse.rollout.local import LocalEngine
 from truecourse.run.loop import StepResult
 
 MAX_TOKENS = 10
+HEAT = 0.8
 END = 1
 RewardFunction = Callable[[Prompt, int, Completion], float | None]
 
@@ -64,9 +65,8 @@ def method(
             p.add_(shift * torch.randn(p.shape, generator=draw))
     engine = LocalEngine(net, (END,), lambda ids: " ".join(map(str, ids)))
     settings = {"prompts_per_step": 4, "group_size": 4, "max_reward_failures": 0.9} | settings
-    config = Grpo(
-        data="x", rewards=(RewardPart(use="exact"),), sampling=Sampling(max_tokens=max_tokens), **settings
-    )  # fmt: skip
+    sampling = Sampling(max_tokens=max_tokens, temperature=HEAT)
+    config = Grpo(data="x", rewards=(RewardPart(use="exact"),), sampling=sampling, **settings)
     lengths = torch.Generator().manual_seed(1)
     rows = [
         Prompt(i, f"prompt {i}", tuple(torch.randint(2, VOCABULARY, (2 + i % 5,), generator=lengths).tolist()))
@@ -164,7 +164,7 @@ def hand_loss(
 def hand_update(twin: Any, adam: Any, groups: list[Group], loss: Callable[[list[Tensor]], Tensor], lr: float) -> float:
     """One update of `twin` on these groups; returns the loss."""
     batch = batch_of(groups)[0]
-    logp_T, _ = naive_logprobs(twin, batch)
+    logp_T, _ = naive_logprobs(twin, batch, HEAT)
     value = loss(list(logp_T.split(batch.lengths_N)))
     adam.zero_grad()
     value.backward()
@@ -184,7 +184,7 @@ def test_rewards_become_the_variants_advantages(variant: str) -> None:
             for i, c in enumerate(group.completions):
                 batch = Batch([group.prompt.tokens], [c.tokens], [0])
                 with torch.no_grad():
-                    gap = naive_logprobs(model, batch)[0] - naive_logprobs(frozen, batch)[0]
+                    gap = naive_logprobs(model, batch, HEAT)[0] - naive_logprobs(frozen, batch, HEAT)[0]
                 assert abs(float(gap.sum())) > 1e-3
                 row[i] -= {"rloo": 0.05, "reinforce++": 0.01}[variant] * float(gap.sum())
     expected = hand_advantages(variant, rewards)
@@ -244,9 +244,9 @@ def test_the_kl_term_is_the_estimators_by_hand(kind: str, fresh: bool) -> None:
         m.step(1, 2e-3, quiet)
     batch, advantages, stored, _ = batch_of(groups)
     twin = plain(m.policy.model)
-    logp, _ = naive_logprobs(twin, batch)
+    logp, _ = naive_logprobs(twin, batch, HEAT)
     with torch.no_grad():
-        ref, _ = naive_logprobs(plain(m.policy._reference), batch)
+        ref, _ = naive_logprobs(plain(m.policy._reference), batch, HEAT)
     old = logp.detach() if fresh else stored
     d = logp - ref
     kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[kind]
@@ -416,7 +416,7 @@ def test_truncated_completions_can_be_left_out_of_the_loss(aggregate: str) -> No
     (groups,), result = collect(m)
     twin = plain(m.policy.model)
     batch, advantages, _, _ = batch_of(groups)
-    logps = naive_logprobs(twin, batch)[0].split(batch.lengths_N)
+    logps = naive_logprobs(twin, batch, HEAT)[0].split(batch.lengths_N)
     kept = [c.stop != "length" for g in groups for c in g.completions]
     assert 0 < sum(kept) < len(kept) and result.record["length/truncated"] == pytest.approx(1 - sum(kept) / len(kept))
     own = [(logp, a) for logp, a, keep in zip(logps, advantages.tolist(), kept) if keep]
