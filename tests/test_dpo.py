@@ -284,7 +284,7 @@ def test_gradients_do_not_depend_on_micro_batches(variant: str, monkeypatch: pyt
 
 
 def test_a_pair_cut_apart_would_be_noticed() -> None:
-    made = method(micro_tokens=17)
+    made = method(micro_tokens=1)
     parts = made.policy.micro_batches(_batch(some_pairs(6)))
     assert any(len(part.batch.completions) % 2 for part in parts)
 
