@@ -9,6 +9,7 @@ import pytest
 
 from truecourse.data.formats import demonstrations, prompts_for_rl
 from truecourse.data.order import take
+from truecourse.data.pairs import comparisons, pairs
 from truecourse.data.sources import Row, read
 from truecourse.data.split import leaks, split
 from truecourse.data.template import Template, load_chat_template
@@ -158,6 +159,7 @@ def test_the_page_keeps_its_word(tmp_path):
         "completion chat",
         "messages",
         "comparison",
+        "comparison chats",
         "gsm8k",
         "split_key",
     }
@@ -178,6 +180,12 @@ def test_the_page_keeps_its_word(tmp_path):
     assert len(prompts_for_rl(rows["messages"])[0].content) == 3
     compared = prompts_for_rl(rows["comparison"])[0]
     assert compared.columns == {"chosen": "Oslo.", "rejected": "Bergen."}
+    for name, prompt in (
+        ("comparison", "Capital of Norway?"),
+        ("comparison chats", [{"role": "user", "content": "Capital of Norway?"}]),
+    ):
+        good, bad = comparisons(rows[name])
+        assert not bad and pairs(good)[0].prompt == prompt
     with pytest.raises(UserError, match=r"comparison.*rename the column `chosen` to `completion`"):
         demonstrations(rows["comparison"])
     with pytest.raises(UserError, match=re.escape(examples("error")["gsm8k"].strip()) + "$"):

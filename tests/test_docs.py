@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import truecourse
-from truecourse import Grpo, Recipe, RewardPart, Sampling, Sft
+from truecourse import Dpo, Grpo, Recipe, RewardPart, Sampling, Sft
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +53,7 @@ def run(tmp_path_factory) -> Path:
             data="lab:sums", steps=4, rewards=(*exact, RewardPart(use="regex", args={"pattern": r"\d+"})), beta=0.01,
             sampling=Sampling(max_tokens=8), prompts_per_step=4, updates_per_rollout=2, variant="dapo", **common,
         ),
+        Dpo(data="lab:sums-pairs-held-out", steps=2, batch_size=4, **common | {"held_out": 20}),
     )  # fmt: skip
     return truecourse.train(Recipe(out=str(out), stage=stages), quiet=True).path
 
