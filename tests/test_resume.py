@@ -404,14 +404,11 @@ def steps_done(run: Path) -> bytes:
 # -- signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_in_flight_with_a_checkpoint(
-    number: signal.Signals, uninterrupted: Any, place: Path, model: Path
-) -> None:
+def test_ctrl_c_stops_after_the_step_in_flight_with_a_checkpoint(uninterrupted: Any, place: Path, model: Path) -> None:
     expected, _, _ = uninterrupted("grpo")
     case = Case(place, model, "grpo")
     process = case.start_training()
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGINT)
     log = case.wait(process, 130)
     run = RunDirectory.open(case.run)
     assert "stopping after the step in flight" in log and "truecourse resume run" in log
@@ -438,14 +435,14 @@ def test_a_second_signal_quits_at_once(uninterrupted: Any, place: Path, model: P
     same(case.finish(), expected)
 
 
-def test_a_signal_between_stages_is_heard(uninterrupted: Any, place: Path, model: Path) -> None:
+def test_a_sigterm_between_stages_is_heard(uninterrupted: Any, place: Path, model: Path) -> None:
     expected, _, _ = uninterrupted("stages")
     case = Case(place, model, "stages")
     process = case.start()
     while not (case.run / "checkpoints" / "step-8").is_dir():
         assert process.is_alive(), case.log()
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     case.wait(process, 130)
     assert all(record["stage"] == 0 or record["step"] == 9 for record in RunDirectory.open(case.run).metrics())
     same(case.finish(), expected)
@@ -454,7 +451,7 @@ def test_a_signal_between_stages_is_heard(uninterrupted: Any, place: Path, model
 # -- the disk ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.35, 0.8])
+@pytest.mark.parametrize("share", [0.35, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.5, 0.65, 0.8))])
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(
     share: float, uninterrupted: Any, place: Path, model: Path
 ) -> None:

@@ -25,9 +25,11 @@ def train(recipe: Positional[Path], /, set_: Set = (), quiet: bool = False) -> i
         quiet: No progress display.
     """
     from truecourse import recipe as recipes
+
+    loaded = recipes.load(recipe, set_)  # what is wrong with it shows before the seconds that torch takes to import
     from truecourse import trainer
 
-    return _finish(trainer.train(recipes.load(recipe, set_), quiet=quiet))
+    return _finish(trainer.train(loaded, quiet=quiet))
 
 
 def resume(run: Positional[Path], /, quiet: bool = False) -> int:
