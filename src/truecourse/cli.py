@@ -49,7 +49,7 @@ def init(path: Positional[Path] = Path("recipe.toml"), /, method: str = "grpo", 
 
     Args:
         path: Where to write it; an existing file is never overwritten.
-        method: The method of its stage: grpo or sft.
+        method: The method of its stage: grpo, dpo or sft.
         every_key: List every setting with its default, in place of the ones that most runs set.
     """
     from truecourse import starter
