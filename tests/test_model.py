@@ -125,6 +125,15 @@ def test_micro_batches_keep_the_budget_and_the_order():
             assert size <= budget or len(part.batch.completions) == 1
 
 
+def test_a_group_that_fits_is_not_cut():
+    policy = Policy(loaded(tiny("llama")))
+    batch = Batch([[1] * 6] * 4, [[2] * 3] * 8, [0, 0, 1, 1, 2, 2, 3, 3])  # four groups of 12 tokens
+    sizes = {12: [2, 2, 2, 2], 20: [2, 2, 2, 2], 24: [4, 4], 35: [4, 4], 11: [1] * 8, 48: [8]}
+    for budget, completions in sizes.items():
+        policy.micro_tokens = budget
+        assert [len(part.batch.completions) for part in policy.micro_batches(batch)] == completions
+
+
 # -- reference --------------------------------------------------------------------------------------------------------
 
 

@@ -110,22 +110,37 @@ class Packed:
         flat = torch.tensor([t for s in sequences for t in s])
         self.tokens, self.positions = flat[None].to(device), positions[None].to(device)
         self.predictors_T, self.targets_T = predictors.to(device), flat[first:].to(device)
-        self.prompt_buckets = _buckets(list(range(n_prompts)), [(0, int(n)) for n in lengths[:n_prompts]])
-        self.completion_buckets = _buckets(
+        prompts = _buckets(list(range(n_prompts)), [(0, int(n)) for n in lengths[:n_prompts]])
+        completions = _buckets(
             list(range(n_prompts, len(sequences))),
             [(int(lengths[o]), int(n)) for o, n in zip(batch.owner, lengths[n_prompts:])],
         )
-        self._blocks = [_Block(rows, None, starts, lengths, positions, device) for rows in self.prompt_buckets]
-        self._blocks += [_Block(rows, owner[torch.tensor(rows) - n_prompts], starts, lengths, positions, device)
-                         for rows in self.completion_buckets]  # fmt: skip
+        self._blocks = [_Block(rows, None, starts, lengths, positions) for rows in prompts]
+        self._blocks += [_Block(rows, owner[torch.tensor(rows) - n_prompts], starts, lengths, positions)
+                         for rows in completions]  # fmt: skip
+        queries = torch.cat([block.own.reshape(-1) for block in self._blocks])
+        real = torch.cat([block.own_here.reshape(-1) for block in self._blocks]).nonzero()[:, 0]
+        back = torch.empty_like(within)
+        back[queries[real]] = real  # every place of the row is real in exactly one block
+        keys = torch.cat([block.keys.reshape(-1) for block in self._blocks])
+        self._queries, self._keys, self._back = (_moved(x, len(flat), device) for x in (queries, keys, back))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-        q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [S, H, D]
-        pieces = [block.attend(q, k, v, rules) for block in self._blocks]
-        # every place of the row is in exactly one block: put the pieces back in the row's order
-        if not hasattr(self, "_order"):
-            self._order = torch.cat([block.places for block in self._blocks]).argsort()
-        return torch.cat(pieces).index_select(0, self._order)[None]
+        q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (query, key, value))
+        queries = _take(q_SHD, self._queries).split([block.own.numel() for block in self._blocks])
+        sizes = [block.keys.numel() for block in self._blocks]
+        keys, values = _take(k_SKD, self._keys).split(sizes), _take(v_SKD, self._keys).split(sizes)
+        pieces = [b.attend(q, k, v, rules) for b, q, k, v in zip(self._blocks, queries, keys, values)]
+        return _take(torch.cat(pieces), self._back)[None]
+
+
+def _moved(index: Tensor, length: int, device: Any) -> Tensor | None:
+    """`index` on the device; None where it is every place of a row in order, so that nothing has to move."""
+    return None if torch.equal(index, torch.arange(length)) else index.to(device)
+
+
+def _take(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
 
 
 def _buckets(rows: list[int], shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -145,49 +160,35 @@ def _buckets(rows: list[int], shapes: Sequence[tuple[int, int]]) -> list[list[in
 class _Block:
     """Some sequences of the row, padded to one rectangle, each seeing its prefix (its prompt) and itself."""
 
-    def __init__(
-        self, rows: list[int], prefixes: Tensor | None, starts: Tensor, lengths: Tensor, positions: Tensor, device: Any
-    ):
+    def __init__(self, rows: list[int], prefixes: Tensor | None, starts: Tensor, lengths: Tensor, positions: Tensor):
         index = torch.tensor(rows)
-        own, own_here = _rectangle(starts[index], lengths[index])
-        keys, keys_here = own, own_here
+        self.own, self.own_here = _rectangle(starts[index], lengths[index])
+        self.keys, keys_here = self.own, self.own_here
         if prefixes is not None:
             before, before_here = _rectangle(starts[prefixes], lengths[prefixes])
-            keys, keys_here = torch.cat([before, own], 1), torch.cat([before_here, own_here], 1)
-        q_pos = positions[own]
-        k_pos = torch.where(keys_here, positions[keys], FAR)
-        distance = q_pos[:, None, :, None] - k_pos[:, None, None, :]
+            self.keys, keys_here = torch.cat([before, self.own], 1), torch.cat([before_here, keys_here], 1)
         self.plain = prefixes is None  # right-padded and self-contained: plain causal attention will do
-        self.shape = own.shape
-        self.own, self.keys = own.reshape(-1).to(device), keys.reshape(-1).to(device)
-        self.here = own_here.reshape(-1).nonzero()[:, 0].to(device)
-        self.places = self.own[self.here]
-        self.full = bool(own_here.all())
-        self.distance = distance.to(device) if not self.plain else None
-        self._lazy = (q_pos, k_pos)
+        self._q_pos = positions[self.own].int()
+        self._k_pos = torch.where(keys_here, positions[self.keys], FAR).int()
         self._masks: dict[int | None, Tensor] = {}
 
-    def mask(self, window: int | None) -> Tensor:
+    def mask(self, window: int | None, like: Tensor) -> Tensor:
+        """What is added to the scores, `[B, 1, Q, K]`: 0 where a key is seen, −inf elsewhere."""
         if window not in self._masks:
-            if self.distance is None:
-                q_pos, k_pos = self._lazy
-                self.distance = (q_pos[:, None, :, None] - k_pos[:, None, None, :]).to(self.own.device)
-            seen = self.distance >= 0
-            self._masks[window] = seen if window is None else seen & (self.distance < window)
-            # a padded query sees nothing: let it see everything, its output is dropped
-            self._masks[window] |= ~self._masks[window].any(-1, keepdim=True)
+            back = (self._q_pos[:, None, :, None] - self._k_pos[:, None, None, :]).to(like.device)
+            seen = back >= 0 if window is None else (back >= 0) & (back < window)
+            seen |= ~seen.any(-1, keepdim=True)  # a padded query sees nothing: let it see all, its output is dropped
+            self._masks[window] = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                ~seen, -torch.inf
+            )
         return self._masks[window]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> Tensor:
-        rows, length = self.shape
-        q_, k_, v_ = (
-            x.index_select(0, places).view(rows, -1, *x.shape[1:]).transpose(1, 2)
-            for x, places in ((q, self.own), (k, self.keys), (v, self.keys))
-        )
-        plain = self.plain and rules.window is None
-        out = scaled_attention(q_, k_, v_, None if plain else self.mask(rules.window), rules)
-        out = out.transpose(1, 2).reshape(rows * length, *q.shape[1:-1], -1)
-        return out if self.full else out.index_select(0, self.here)
+        """q `[rows · Q, H, D]`, k and v `[rows · K, Hkv, D]` to `[rows · Q, H, D]`."""
+        rows = len(self.own)
+        q_, k_, v_ = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        mask = None if self.plain and rules.window is None else self.mask(rules.window, q)
+        return scaled_attention(q_, k_, v_, mask, rules).transpose(1, 2).flatten(0, 1)
 
 
 def _rectangle(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +199,7 @@ def _rectangle(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rules: Rules) -> Tensor:
-    """Softmax attention `[B, H, Q, D]`; `mask` True where a key is seen, None for causal. Honours `rules`."""
+    """Softmax attention `[B, H, Q, D]`; `mask` is added to the scores, None is causal. Honours `rules`."""
     groups = query.shape[1] // key.shape[1]
     if rules.softcap is None:
         return F.scaled_dot_product_attention(
@@ -209,8 +210,5 @@ def scaled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling)
     scores = torch.tanh(scores / rules.softcap) * rules.softcap
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return (
-        scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(value.dtype)
-        @ value
-    )
+        mask = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    return (scores + mask).softmax(-1, dtype=torch.float32).to(value.dtype) @ value

@@ -124,12 +124,14 @@ class _TokenScores(torch.autograd.Function):
         for h, t in zip(hidden.split(rows), targets.split(rows)):
             z = _bend(_linear(h, weight_float, bias), scale, softcap)[0]
             if temperature != 1.0:
-                z = z / temperature
-            lse = z.logsumexp(-1)
-            logps.append(z.gather(1, t[:, None])[:, 0] - lse)
-            p = torch.exp(z - lse[:, None])
-            entropies.append(lse - torch.linalg.vecdot(p, z))
-            lses.append(lse)
+                z.div_(temperature)
+            top = z.amax(-1, keepdim=True)
+            p = z.sub_(top).exp()  # but for its sum
+            total = p.sum(-1)
+            log_total = total.log()
+            logps.append(z.gather(1, t[:, None])[:, 0] - log_total)
+            entropies.append(log_total - torch.linalg.vecdot(p, z) / total)
+            lses.append(log_total + top[:, 0])
         entropy, lse = torch.cat(entropies), torch.cat(lses)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.settings = temperature, scale, softcap, rows
@@ -149,12 +151,11 @@ class _TokenScores(torch.autograd.Function):
             cut = slice(start, start + rows)
             h = hidden[cut]
             z, tanh = _bend(_linear(h, weight_float, bias), scale, softcap)
-            log_p = (z / temperature if temperature != 1.0 else z) - lse[cut, None]
-            p = log_p.exp()
-            d_z = p * -grad_logp[cut, None]
-            d_z.scatter_add_(1, targets[cut, None], grad_logp[cut, None])
+            log_p = (z.div_(temperature) if temperature != 1.0 else z).sub_(lse[cut, None])
+            by_p = -grad_logp[cut, None]
             if through_entropy:
-                d_z -= p * (log_p + entropy[cut, None]) * grad_entropy[cut, None]
+                by_p = by_p - (log_p + entropy[cut, None]) * grad_entropy[cut, None]
+            d_z = log_p.exp_().mul_(by_p).scatter_add_(1, targets[cut, None], grad_logp[cut, None])
             if tanh is not None:
                 d_z *= 1 - tanh * tanh
             if scale != temperature:

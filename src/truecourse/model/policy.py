@@ -93,7 +93,7 @@ class Policy:
 
     def micro_batches(self, batch: Batch, unit: int = 1) -> list[MicroBatch]:
         """`batch` cut, in order, to at most `micro_tokens` tokens each (prompts counted once); one sequence that is
-        longer by itself goes alone.
+        longer by itself goes alone. A group that fits whole is not cut, so that its prompt is run once.
 
         unit: completions that a loss couples, such as the 2 of a pair, and that therefore stay together.
         """
@@ -101,10 +101,15 @@ class Policy:
         first, token, used, last = 0, 0, 0, -1
         lengths = batch.lengths_N
         assert len(lengths) % unit == 0
+        group_P = [len(prompt) for prompt in batch.prompts]
+        for owner, length in zip(batch.owner, lengths):
+            group_P[owner] += length
         for row in range(0, len(lengths), unit):
             owners, here = dict.fromkeys(batch.owner[row : row + unit]), sum(lengths[row : row + unit])
             cost = here + sum(len(batch.prompts[o]) for o in owners if o != last)
-            if row > first and used + cost > self.micro_tokens:
+            whole = group_P[batch.owner[row]] if batch.owner[row] != last else 0
+            need = max(cost, whole) if whole <= self.micro_tokens else cost
+            if row > first and used + need > self.micro_tokens:
                 parts.append(_cut(batch, first, row, token))
                 token += sum(lengths[first:row])
                 first, used = row, 0
