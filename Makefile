@@ -31,8 +31,8 @@ check: env ## lint, types, import floors
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_floors.py
 
-real: env ## GRPO and an evaluation with SmolLM2-135M-Instruct
-	$(BIN)/python -m truecourse.lab.real
+real: env ## GRPO and an evaluation with SmolLM2-135M-Instruct; options in ARGS="..."
+	$(BIN)/python -m truecourse.lab.real $(ARGS)
 
 tiny: env ## rebuild the shipped tiny model
 	$(BIN)/python -m truecourse.lab.build

@@ -40,7 +40,7 @@ def run(
     assert stage.gold_sampling is not None
     if out:
         _make_room(Path(out))
-    rows = trainer.held_out_rows(stage)
+    rows = trainer.held_out_rows(stage)[: stage.gold_prompts]
     reward = rewards.build(stage.gold)
     loaded, template = _load(source, recipe)
     engine = trainer.engine_of(loaded, template)
@@ -54,7 +54,6 @@ def run(
         "gold": [dataclasses.asdict(part) for part in stage.gold],
         "seed": seed,
     }
-    asked = asked[: stage.gold_prompts]
     kept = _kept(Path(out), settings) if out else {}
     todo = [p for p in asked if p.index not in kept]
     with _bar() as bar:
@@ -69,7 +68,10 @@ def run(
                 if out:
                     with Path(out).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            bar.update(task, completed=len(asked) - len(todo) + start + len(part))
+            done = len(asked) - len(todo) + start + len(part)
+            bar.update(task, completed=done)
+            if bar.disable:  # a log file: a line now and then
+                print(f"evaluating {done}/{len(asked)}", file=sys.stderr, flush=True)
     record = aggregate([kept[p.index] for p in asked])
     folder = trainer.model_folder(source)
     _print(source if folder == source else f"{source}, {Path(folder).name}", record, as_json)

@@ -294,8 +294,9 @@ class Built:
         assert stage.gold_sampling is not None
         if not held_rows:
             raise UserError("a gold needs held-out prompts; set held_out to a share, a count or a file")
-        prompts = make_prompts(held_rows, stage, self.template, context, stage.gold_sampling.max_tokens, gold)
-        return Gold(stage.gold[0].label, gold, engine, prompts[: stage.gold_prompts], stage.gold_sampling)
+        rows = held_rows[: stage.gold_prompts]
+        prompts = make_prompts(rows, stage, self.template, context, stage.gold_sampling.max_tokens, gold)
+        return Gold(stage.gold[0].label, gold, engine, prompts, stage.gold_sampling)
 
 
 def read_rows(stage: Stage, source: str | tuple[str, ...], skipped: list[str] | None = None) -> list[sources.Row]:

@@ -160,10 +160,10 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Plain Hugging Face weights and tokenizer (with LoRA: a plain peft adapter folder)."""
-        target = getattr(self.model, "peft", self.model)
-        target.save_pretrained(
-            str(folder), safe_serialization=True
-        ) if target is not self.model else target.save_pretrained(str(folder))
+        if hasattr(self.model, "peft"):  # embeddings are frozen: without the flag peft asks the base's hub about them
+            self.model.peft.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
 
     def state(self, *, moving_reference: bool = False) -> dict[str, Tensor]:
