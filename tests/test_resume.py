@@ -520,6 +520,21 @@ def test_resuming_what_has_ended_changes_nothing(place: Path, model: Path) -> No
     assert tree(case.run) == before
 
 
+def test_a_run_killed_while_it_is_made_is_made_again(uninterrupted: Any, place: Path, model: Path) -> None:
+    """At each of its first operations on files: the folder, the recipe, the environment, the lock, the summary."""
+    expected, _, _ = uninterrupted("sft")
+    for die_at in range(1, 8):
+        case = Case(place, model, "sft")
+        case.wait(case.start(die_at=die_at), -signal.SIGKILL)
+        assert not (case.run / "metrics.jsonl").exists()
+        if die_at in (3, 5, 7):  # and once more, while that is mended
+            case.wait(case.start(die_at=1), -signal.SIGKILL)
+        if die_at in (2, 4, 5):
+            same(case.finish(), expected)
+            assert RunDirectory.open(case.run).environment()["versions"]
+        shutil.rmtree(place)
+
+
 def test_without_a_checkpoint_it_starts_again(uninterrupted: Any, place: Path, model: Path) -> None:
     expected, _, _ = uninterrupted("sft")
     case = Case(place, model, "sft")

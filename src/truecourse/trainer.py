@@ -126,6 +126,8 @@ def _run(run: RunDirectory, recipe: Recipe, quiet: bool, ready: dict[str, Built]
         found = checkpoint.latest(run.path)
         begin = checkpoint.load_json(found[1])["stage"] if found else 0
         run.rewind(found[0] if found else -1, begin)
+        if not run.environment():  # killed while the run was being made
+            run.write_environment(environment())
         tracker = trackers.tracker(recipe.tracker, run.path, recipe, step=found[0] if found else 0)
         with contextlib.closing(tracker):
             run.summarise("running")

@@ -17,6 +17,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +231,8 @@ class RunDirectory:
         index). A kill in the middle does no harm: the checkpoints go first, and the next rewind ends the work.
         """
         checkpoint.drop_after(self.path, step)
+        for path in self.path.glob(".*.tmp"):  # what a killed write left aside
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in RECORDS:
             path = self.path / name
             if not path.is_file():
