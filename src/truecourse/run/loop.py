@@ -124,11 +124,11 @@ class Loop:
     def _measure(self, at: int, best: tuple[float, int] | None) -> tuple[float, int] | None:
         """Measure the gold; returns (value, step) of the best so far, the earlier one among equals."""
         step = self.offset + at
+        started = time.perf_counter()
         own = self.method.evaluate()
         if self.gold is None and not own:
             return best
         self.display.phase("measuring the gold")
-        started = time.perf_counter()
         record: dict[str, Any] = {"step": step, "stage": self.index, **own}
         value = None
         if self.gold is not None:
