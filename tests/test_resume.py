@@ -203,7 +203,7 @@ class Case:
 
     def stamp(self) -> int:
         path = self.run / "metrics.jsonl"
-        return path.stat().st_mtime_ns if path.is_file() else 0
+        return path.stat().st_mtime_ns if path.is_file() and path.stat().st_size else 0
 
     def wait(self, process: Any, code: int | None = None) -> str:
         """What it printed. Its exit code must be `code`; left out, 0 or that of a kill."""
